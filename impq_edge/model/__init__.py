@@ -1,0 +1,1 @@
+"""A checkpoint as laid out on the hub: what it holds, its weights, and the text it is tried on."""

@@ -1,0 +1,248 @@
+"""The record of a checkpoint: architecture, hyperparameters and the inventory of its tensors.
+
+Everything here comes from ``config.json`` and the safetensors headers; no weight is read.
+"""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pydantic
+from gguf import MODEL_ARCH, TensorNameMap, get_tensor_name_map
+
+from impq_edge.errors import ModelError
+from impq_edge.model.config import HyperParameters, read_hyperparameters
+from impq_edge.records import STRICT, Record, read_text, sha256_file, sha256_json
+
+Role = Literal["embedding", "head", "matrix", "vector"]
+
+ROPE_FACTORS = "rope_freqs.weight"
+"""GGUF name of the derived tensor that holds Llama-3's rope scaling."""
+
+_BLOCK = re.compile(r"^model\.layers\.(\d+)\.")
+_FLOAT_DTYPES = {"F32", "F16", "BF16"}
+_CONTENT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+                  "chat_template.jinja")  # fmt: skip
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of the checkpoint, under its name there and its name in a GGUF."""
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
+
+    name: str
+    gguf_name: str
+    shape: tuple[int, ...]  # (out, in) for a matrix, as the checkpoint stores it
+    role: Role
+    block: int | None  # index of the Transformer block, None outside the blocks
+    shard: str | None  # file name within the checkpoint; None: derived from the configuration
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec(Record):
+    """What a checkpoint is, without its weights; ``content_sha256`` identifies those too."""
+
+    SCHEMA: ClassVar[str] = "impq-edge.model/1"
+
+    name: str
+    hyperparameters: HyperParameters
+    tensors: tuple[TensorSpec, ...]
+    content_sha256: str  # over configuration, tokenizer and every shard
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of Transformer blocks, L in the method's notation."""
+        return self.hyperparameters.n_blocks
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in the whole checkpoint."""
+        return sum(tensor.weights for tensor in self.tensors)
+
+    def block_matrices(self, block: int) -> tuple[TensorSpec, ...]:
+        """Return the matrices of one block: what a player of the game puts at 2 or 4 bit."""
+        return tuple(t for t in self.tensors if t.block == block and t.role == "matrix")
+
+
+def read_model(directory: Path, name: str | None = None) -> ModelSpec:
+    """Read a checkpoint directory laid out as on the hub.
+
+    Parameters
+    ----------
+    directory
+        Holds ``config.json``, ``tokenizer.json`` and one or several safetensors files.
+    name
+        What reports call the model; the directory's name by default.
+
+    Raises
+    ------
+    ModelError
+        When a file is missing, truncated or of a kind that cannot be used, when the architecture is
+        not supported, or when the tensors are not those of the architecture.
+    """
+    if not directory.is_dir():
+        raise ModelError(f"{directory} is not a directory; pass a checkpoint directory or a hub id.")
+    config = _read_config(directory / "config.json")
+    hyperparameters = read_hyperparameters(config)
+    tensors = _inventory(directory, hyperparameters)
+    _check_inventory(tensors, hyperparameters, directory)
+    return ModelSpec(
+        name=name or directory.resolve().name,
+        hyperparameters=hyperparameters,
+        tensors=tensors,
+        content_sha256=_content_sha256(directory, tensors),
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise ModelError(
+            f"{path.parent} has no config.json; pass a checkpoint directory laid out as on the hub."
+        )
+    try:
+        config = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ModelError(f"{path} is not JSON ({error}); download the checkpoint again.") from None
+    if not isinstance(config, dict):
+        raise ModelError(
+            f"{path} holds a {type(config).__name__}, not an object; download the checkpoint again."
+        )
+    return config
+
+
+def _inventory(directory: Path, hyperparameters: HyperParameters) -> tuple[TensorSpec, ...]:
+    names = get_tensor_name_map(
+        {arch.name.lower(): arch for arch in MODEL_ARCH}[hyperparameters.architecture],
+        hyperparameters.n_blocks,
+    )
+    tensors = [
+        _tensor(name, shape, shard, names)
+        for shard in _shards(directory)
+        for name, shape in _headers(directory / shard).items()
+        if not name.endswith(".rotary_emb.inv_freq")  # a cache of rope, which GGUF derives itself
+    ]
+    if hyperparameters.rope_scaling:  # llama.cpp reads Llama-3's frequency factors from a tensor
+        shape = (hyperparameters.head_dim // 2,)
+        tensors.append(TensorSpec(ROPE_FACTORS, ROPE_FACTORS, shape, "vector", None, None))
+    if hyperparameters.tied_embeddings:  # some checkpoints store the tied head a second time
+        tensors = [tensor for tensor in tensors if tensor.role != "head"]
+    # Blocks in order, embedding first, then what follows the blocks: the order of the file we write.
+    return tuple(sorted(tensors, key=_file_order))
+
+
+def _file_order(tensor: TensorSpec) -> tuple[int, int, str]:
+    if tensor.role == "embedding":
+        return (0, 0, tensor.gguf_name)
+    if tensor.block is not None:
+        return (1, tensor.block, tensor.gguf_name)
+    return (2, 0, tensor.gguf_name)
+
+
+def _tensor(name: str, shape: tuple[int, ...], shard: str, names: TensorNameMap) -> TensorSpec:
+    gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    if gguf_name is None:
+        raise ModelError(
+            f"Tensor {name!r} in {shard} has no place in a GGUF of this architecture; remove it first."
+        )
+    block = _BLOCK.match(name)
+    role: Role = "matrix"
+    if gguf_name == "token_embd.weight":
+        role = "embedding"
+    elif gguf_name == "output.weight":
+        role = "head"
+    elif len(shape) == 1:
+        role = "vector"
+    return TensorSpec(name, gguf_name, shape, role, int(block[1]) if block else None, shard)
+
+
+def _shards(directory: Path) -> list[str]:
+    """Return the file names of all shards, complete, without following any path out of the directory."""
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = _read_config(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise ModelError(f"{index} has no weight_map of file names; download the checkpoint again.")
+        shards = sorted(set(weight_map.values()))
+        for shard in shards:
+            if Path(shard).name != shard:
+                raise ModelError(
+                    f"{index} names {shard!r}, which is not a plain file name; do not trust this model."
+                )
+            if not (directory / shard).exists():
+                raise ModelError(f"Shard {shard} of {directory} is missing; download the checkpoint again.")
+        return shards
+    shards = sorted(path.name for path in directory.glob("*.safetensors"))
+    if not shards:
+        if any(next(directory.glob(pattern), None) for pattern in _PICKLES):
+            raise ModelError(
+                f"{directory} holds weights only as pickles, which can run code when loaded; "
+                "convert them to safetensors with transformers' save_pretrained in a place you trust."
+            )
+        raise ModelError(f"{directory} holds no .safetensors file; pass a checkpoint laid out as on the hub.")
+    numbered = re.fullmatch(r"model-\d{5}-of-(\d{5})\.safetensors", shards[0])
+    if len(shards) > 1 and "model.safetensors" in shards:  # some repositories add other exports beside it
+        return ["model.safetensors"]
+    if numbered and len(shards) != int(numbered[1]):
+        raise ModelError(
+            f"{directory} has {len(shards)} of {int(numbered[1])} shards; download the checkpoint again."
+        )
+    return shards
+
+
+def _headers(path: Path) -> dict[str, tuple[int, ...]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            for name, tensor in slices.items():
+                if tensor.get_dtype() not in _FLOAT_DTYPES:
+                    raise ModelError(
+                        f"Tensor {name!r} in {path} is {tensor.get_dtype()}, not one of {sorted(_FLOAT_DTYPES)}; "
+                        "start from an unquantised checkpoint."
+                    )
+            return {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
+    except SafetensorError as error:
+        raise ModelError(
+            f"Shard {path.name} of {path.parent} is truncated or malformed ({error}); download it again."
+        ) from None
+
+
+def _check_inventory(tensors: tuple[TensorSpec, ...], hyper: HyperParameters, directory: Path) -> None:
+    expected = hyper.expected_shapes()
+    found = {tensor.gguf_name: tensor for tensor in tensors}
+    missing = sorted(expected.keys() - found.keys())
+    if missing:
+        raise ModelError(
+            f"{directory} lacks {len(missing)} tensors its config.json asks for, {missing[0]} first; "
+            "download the checkpoint again."
+        )
+    surplus = sorted(found.keys() - expected.keys())
+    if surplus:
+        raise ModelError(
+            f"Tensor {found[surplus[0]].name!r} of {directory} is not part of a dense "
+            f"{hyper.architecture} model; this checkpoint cannot be converted."
+        )
+    for gguf_name, tensor in found.items():
+        if tensor.shape != expected[gguf_name]:
+            raise ModelError(
+                f"Tensor {tensor.name!r} of {directory} has shape {list(tensor.shape)}, but its config.json "
+                f"implies {list(expected[gguf_name])}; the two do not belong together."
+            )
+
+
+def _content_sha256(directory: Path, tensors: tuple[TensorSpec, ...]) -> str:
+    names = [*_CONTENT_FILES, *sorted({tensor.shard for tensor in tensors if tensor.shard})]
+    return sha256_json({name: sha256_file(directory / name) for name in names if (directory / name).exists()})

@@ -1,0 +1,181 @@
+"""Records on disk: frozen dataclasses as JSON, checked on the way in, replaced atomically on the way out."""
+
+import contextlib
+import dataclasses
+import errno
+import glob
+import hashlib
+import json
+import os
+import tomllib
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+import pydantic
+
+from impq_edge.errors import ImpqError, RecordError
+
+T = TypeVar("T")
+
+_HASH_CHUNK_BYTES = 1 << 20
+_MAX_RECORD_BYTES = 1 << 30  # a profile of 10^5 evaluations stays far below; more is not a record
+
+STRICT = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
+"""Set as ``__pydantic_config__`` on every dataclass read from a file: a misspelt key is an error."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """Base of everything a stage hands to the next.
+
+    Subclasses are frozen dataclasses that set ``SCHEMA`` to ``"name/version"``. The version grows
+    whenever a field changes meaning, and a file of another version is refused by name.
+    """
+
+    SCHEMA: ClassVar[str]
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as plain JSON values, the schema first."""
+        return {"schema": self.SCHEMA, **_adapter(type(self)).dump_python(self, mode="json")}
+
+    def sha256(self) -> str:
+        """Hash of the canonical JSON form: the identity by which later records name this one."""
+        return sha256_json(self.to_json())
+
+    def save(self, path: Path) -> None:
+        """Write the record to ``path``, or leave what was there untouched."""
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n", "utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Read a record written by :meth:`save`.
+
+        Raises
+        ------
+        RecordError
+            When the file is missing, is not JSON, has another schema or a field that does not fit.
+        """
+        text = read_text(path)
+        try:
+            data = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise RecordError(
+                f"{path} is not JSON ({error}); write it anew with the stage that makes it."
+            ) from None
+        found = data.get("schema") if isinstance(data, dict) else None
+        if found != cls.SCHEMA:
+            raise RecordError(
+                f"{path} holds schema {found!r}, not {cls.SCHEMA!r}; pass the right file or make it anew."
+            )
+        data.pop("schema")
+        return parse(cls, data, path)
+
+
+def parse(kind: type[T], data: object, path: Path) -> T:
+    """Check plain values against a dataclass and build it; ``path`` only names the file in messages."""
+    try:
+        return _adapter(kind).validate_python(data)  # type: ignore[no-any-return]
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the top level"
+        value = repr(first["input"])
+        shown = value if len(value) <= 60 else value[:57] + "..."
+        raise RecordError(f"{path}: {where} is {shown}: {first['msg']}; correct that field.") from None
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file a user may have written by hand."""
+    try:
+        return tomllib.loads(read_text(path))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise RecordError(f"{path} is not TOML ({error}); correct that line.") from None
+
+
+def read_text(path: Path) -> str:
+    """Read a text file of bounded size, with one sentence for every way this can fail."""
+    try:
+        if path.stat().st_size > _MAX_RECORD_BYTES:
+            raise RecordError(f"{path} is larger than {_MAX_RECORD_BYTES} bytes, which no record is.")
+        return path.read_text("utf-8")
+    except FileNotFoundError:
+        raise RecordError(f"{path} does not exist; check the path.") from None
+    except UnicodeDecodeError:
+        raise RecordError(f"{path} is not UTF-8 text; check that it is the right file.") from None
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the target's directory; rename it to ``path`` on success, else remove it.
+
+    A reader therefore sees the old file or the whole new one, also after ``kill -9`` or a full disk.
+
+    Raises
+    ------
+    RecordError
+        When the directory cannot be written or the disk is full.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(path)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise _write_error(path, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove temporaries that killed processes left for this path."""
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        pid = stale.suffixes[-2].lstrip(".") if len(stale.suffixes) >= 2 else ""
+        if pid.isdecimal() and not _is_running(int(pid)):
+            stale.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it runs, and belongs to somebody else
+        return True
+    return True
+
+
+def _write_error(path: Path, error: OSError) -> ImpqError:
+    if error.errno == errno.ENOSPC:
+        return RecordError(
+            f"The disk that holds {path} is full; free some space and run the same command again."
+        )
+    return RecordError(f"{path} cannot be written: {error.strerror or error}; choose another output path.")
+
+
+def sha256_file(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:
+    """Hash a file; ``advance`` is told the number of bytes read so far in each step."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_HASH_CHUNK_BYTES):
+            digest.update(chunk)
+            advance(len(chunk))
+    return digest.hexdigest()
+
+
+def sha256_json(value: object) -> str:
+    """Hash plain JSON values in canonical form (sorted keys, no spaces)."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@cache
+def _adapter(kind: type[Any]) -> pydantic.TypeAdapter[Any]:
+    return pydantic.TypeAdapter(kind)
