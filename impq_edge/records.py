@@ -9,7 +9,6 @@ import json
 import os
 import tomllib
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -63,9 +62,7 @@ class Record:
         try:
             data = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise RecordError(
-                f"{path} is not JSON ({error}); write it anew with the stage that makes it."
-            ) from None
+            raise RecordError(f"{path} is not JSON ({error}); write it anew with the stage that makes it.") from None
         found = data.get("schema") if isinstance(data, dict) else None
         if found != cls.SCHEMA:
             raise RecordError(
@@ -78,7 +75,8 @@ class Record:
 def parse(kind: type[T], data: object, path: Path) -> T:
     """Check plain values against a dataclass and build it; ``path`` only names the file in messages."""
     try:
-        return _adapter(kind).validate_python(data)  # type: ignore[no-any-return]
+        checked: T = _adapter(kind).validate_python(data)
+        return checked
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the top level"
@@ -154,9 +152,7 @@ def _is_running(pid: int) -> bool:
 
 def _write_error(path: Path, error: OSError) -> ImpqError:
     if error.errno == errno.ENOSPC:
-        return RecordError(
-            f"The disk that holds {path} is full; free some space and run the same command again."
-        )
+        return RecordError(f"The disk that holds {path} is full; free some space and run the same command again.")
     return RecordError(f"{path} cannot be written: {error.strerror or error}; choose another output path.")
 
 
@@ -176,6 +172,10 @@ def sha256_json(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-@cache
+_adapters: dict[type[Any], pydantic.TypeAdapter[Any]] = {}
+
+
 def _adapter(kind: type[Any]) -> pydantic.TypeAdapter[Any]:
-    return pydantic.TypeAdapter(kind)
+    if kind not in _adapters:
+        _adapters[kind] = pydantic.TypeAdapter(kind)
+    return _adapters[kind]

@@ -16,9 +16,7 @@ _ARCHITECTURES: dict[str, Architecture] = {
     "Qwen3ForCausalLM": "qwen3",
 }
 _ACTIVATIONS = {"llama": {"silu"}, "qwen3": {"silu"}, "gemma2": {"gelu_pytorch_tanh"}}
-_GEMMA2_27B_BLOCKS = (
-    46  # the block count by which llama.cpp's gemma2.cpp recognises the 27B's attention scale
-)
+_GEMMA2_27B_BLOCKS = 46  # the block count by which llama.cpp's gemma2.cpp recognises the 27B's attention scale
 _SLIDING_PERIOD = 2  # Gemma-2: every other block, the first one sliding (llama.cpp's load_swa_pattern)
 
 
@@ -139,18 +137,12 @@ def read_hyperparameters(config: dict[str, Any]) -> HyperParameters:
 
 def _architecture(config: dict[str, Any]) -> Architecture:
     found = config.get("architectures") or ["none"]
-    architecture = (
-        _ARCHITECTURES.get(found[0]) if isinstance(found, list) and isinstance(found[0], str) else None
-    )
+    architecture = _ARCHITECTURES.get(found[0]) if isinstance(found, list) and isinstance(found[0], str) else None
     if architecture is None:
         name = found[0] if isinstance(found, list) else found
-        raise ModelError(
-            f"Architecture {name!r} is not supported; dense models of {', '.join(_ARCHITECTURES)} are."
-        )
+        raise ModelError(f"Architecture {name!r} is not supported; dense models of {', '.join(_ARCHITECTURES)} are.")
     if "quantization_config" in config:
-        raise ModelError(
-            "The checkpoint is already quantised (quantization_config is set); start from the original."
-        )
+        raise ModelError("The checkpoint is already quantised (quantization_config is set); start from the original.")
     return architecture
 
 
@@ -165,9 +157,7 @@ def _rope_settings(config: dict[str, Any]) -> dict[str, Any]:
     for key in ("rope_scaling", "rope_parameters"):
         value = config.get(key) or {}
         if not isinstance(value, dict):
-            raise ModelError(
-                f"config.json: {key} is {value!r}, not an object; download the checkpoint again."
-            )
+            raise ModelError(f"config.json: {key} is {value!r}, not an object; download the checkpoint again.")
         merged |= value
     if "rope_theta" in config:
         merged.setdefault("rope_theta", config["rope_theta"])
@@ -195,9 +185,7 @@ def _softcap(config: dict[str, Any], key: str, architecture: Architecture) -> fl
     if architecture != "gemma2":
         return None
     if config.get(key) is None:
-        raise ModelError(
-            f"config.json: {key} is unset, but llama.cpp always caps Gemma-2's logits; set a number."
-        )
+        raise ModelError(f"config.json: {key} is unset, but llama.cpp always caps Gemma-2's logits; set a number.")
     return _number(config, key)
 
 
@@ -214,21 +202,13 @@ def _refuse_what_gguf_cannot_say(config: dict[str, Any], hyper: HyperParameters)
             f"{hyper.n_kv_heads}; correct the configuration."
         )
     if config.get("mlp_bias"):
-        raise ModelError(
-            "config.json: mlp_bias is true, which this converter does not carry; use a model without."
-        )
+        raise ModelError("config.json: mlp_bias is true, which this converter does not carry; use a model without.")
     if hyper.attention_bias and hyper.architecture != "llama":
-        raise ModelError(
-            f"config.json: attention_bias is true, which llama.cpp ignores for {hyper.architecture}."
-        )
+        raise ModelError(f"config.json: attention_bias is true, which llama.cpp ignores for {hyper.architecture}.")
     if config.get("use_sliding_window") and hyper.architecture == "qwen3":
-        raise ModelError(
-            "config.json: use_sliding_window is true, which llama.cpp ignores for qwen3; set it to false."
-        )
+        raise ModelError("config.json: use_sliding_window is true, which llama.cpp ignores for qwen3; set it to false.")
     if config.get("use_bidirectional_attention"):
-        raise ModelError(
-            "config.json: use_bidirectional_attention is true; only causal models can be converted."
-        )
+        raise ModelError("config.json: use_bidirectional_attention is true; only causal models can be converted.")
     if hyper.architecture == "gemma2":
         _refuse_gemma2(config, hyper)
 
@@ -243,13 +223,9 @@ def _refuse_gemma2(config: dict[str, Any], hyper: HyperParameters) -> None:
         )
     types = config.get("layer_types")
     if types is not None:
-        wanted = [
-            "sliding_attention" if hyper.block_window(i) else "full_attention" for i in range(hyper.n_blocks)
-        ]
+        wanted = ["sliding_attention" if hyper.block_window(i) else "full_attention" for i in range(hyper.n_blocks)]
         if types != wanted:
-            raise ModelError(
-                "config.json: layer_types do not alternate from a sliding first block, as llama.cpp does."
-            )
+            raise ModelError("config.json: layer_types do not alternate from a sliding first block, as llama.cpp does.")
 
 
 def _number(config: dict[str, Any], key: str, default: float | None = None) -> float:
@@ -257,16 +233,12 @@ def _number(config: dict[str, Any], key: str, default: float | None = None) -> f
     if value is None and default is not None:
         value = default
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
-        raise ModelError(
-            f"config.json: {key} is {value!r}, not a positive number; download the checkpoint again."
-        )
+        raise ModelError(f"config.json: {key} is {value!r}, not a positive number; download the checkpoint again.")
     return float(value)
 
 
 def _integer(config: dict[str, Any], key: str, default: int | None = None) -> int:
     value = _number(config, key, default)
     if value != int(value):
-        raise ModelError(
-            f"config.json: {key} is {value!r}, not a whole number; download the checkpoint again."
-        )
+        raise ModelError(f"config.json: {key} is {value!r}, not a whole number; download the checkpoint again.")
     return int(value)

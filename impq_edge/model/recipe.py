@@ -45,10 +45,7 @@ def tensor_types(spec: ModelSpec, blocks: Sequence[TensorType], outer: TensorTyp
     and biases stay F32, as llama.cpp keeps them.
     """
     assert len(blocks) == spec.n_blocks
-    return {
-        tensor.gguf_name: type_for_row(_wanted(tensor, blocks, outer), tensor.shape[-1])
-        for tensor in spec.tensors
-    }
+    return {tensor.gguf_name: type_for_row(_wanted(tensor, blocks, outer), tensor.shape[-1]) for tensor in spec.tensors}
 
 
 def fallbacks(spec: ModelSpec, blocks: Sequence[TensorType], outer: TensorType) -> tuple[Fallback, ...]:

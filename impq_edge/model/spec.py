@@ -108,17 +108,13 @@ def read_model(directory: Path, name: str | None = None) -> ModelSpec:
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.exists():
-        raise ModelError(
-            f"{path.parent} has no config.json; pass a checkpoint directory laid out as on the hub."
-        )
+        raise ModelError(f"{path.parent} has no config.json; pass a checkpoint directory laid out as on the hub.")
     try:
         config = json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
         raise ModelError(f"{path} is not JSON ({error}); download the checkpoint again.") from None
     if not isinstance(config, dict):
-        raise ModelError(
-            f"{path} holds a {type(config).__name__}, not an object; download the checkpoint again."
-        )
+        raise ModelError(f"{path} holds a {type(config).__name__}, not an object; download the checkpoint again.")
     return config
 
 
@@ -153,9 +149,7 @@ def _file_order(tensor: TensorSpec) -> tuple[int, int, str]:
 def _tensor(name: str, shape: tuple[int, ...], shard: str, names: TensorNameMap) -> TensorSpec:
     gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
     if gguf_name is None:
-        raise ModelError(
-            f"Tensor {name!r} in {shard} has no place in a GGUF of this architecture; remove it first."
-        )
+        raise ModelError(f"Tensor {name!r} in {shard} has no place in a GGUF of this architecture; remove it first.")
     block = _BLOCK.match(name)
     role: Role = "matrix"
     if gguf_name == "token_embd.weight":
@@ -177,9 +171,7 @@ def _shards(directory: Path) -> list[str]:
         shards = sorted(set(weight_map.values()))
         for shard in shards:
             if Path(shard).name != shard:
-                raise ModelError(
-                    f"{index} names {shard!r}, which is not a plain file name; do not trust this model."
-                )
+                raise ModelError(f"{index} names {shard!r}, which is not a plain file name; do not trust this model.")
             if not (directory / shard).exists():
                 raise ModelError(f"Shard {shard} of {directory} is missing; download the checkpoint again.")
         return shards
@@ -195,9 +187,7 @@ def _shards(directory: Path) -> list[str]:
     if len(shards) > 1 and "model.safetensors" in shards:  # some repositories add other exports beside it
         return ["model.safetensors"]
     if numbered and len(shards) != int(numbered[1]):
-        raise ModelError(
-            f"{directory} has {len(shards)} of {int(numbered[1])} shards; download the checkpoint again."
-        )
+        raise ModelError(f"{directory} has {len(shards)} of {int(numbered[1])} shards; download the checkpoint again.")
     return shards
 
 

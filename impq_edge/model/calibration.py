@@ -1,0 +1,73 @@
+"""Calibration text as windows of tokens, cut the way llama-perplexity cuts its text."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from impq_edge.errors import ModelError
+from impq_edge.records import read_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """Windows of tokens and the identity of the text they were cut from."""
+
+    tokens: NDArray[np.int64]  # (windows, window length)
+    text_sha256: str
+
+
+def read_windows(directory: Path, text: Path, tokens: int, window_tokens: int) -> Windows:
+    """Tokenise a text once and cut it into windows, dropping what is left over.
+
+    Where the tokenizer adds a BOS token, it *replaces* the first token of each window, as in
+    llama.cpp's tools/perplexity/perplexity.cpp, so that the game is played on what is measured later.
+
+    Parameters
+    ----------
+    directory
+        The checkpoint, for its ``tokenizer.json``.
+    text
+        A UTF-8 file.
+    tokens
+        At most this many tokens are used, rounded down to whole windows.
+    window_tokens
+        Length of a window.
+
+    Raises
+    ------
+    ModelError
+        When the text is shorter than one window, or no window is asked for.
+    """
+    from tokenizers import Tokenizer
+
+    if tokens < window_tokens:
+        raise ModelError(f"--tokens {tokens} is less than one window of {window_tokens}; ask for more tokens.")
+    content = read_text(text)
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    ids = np.array(tokenizer.encode(content, add_special_tokens=False).ids, dtype=np.int64)
+    count = min(tokens, len(ids)) // window_tokens
+    if count == 0:
+        raise ModelError(f"{text} has {len(ids)} tokens, less than one window of {window_tokens}; use a longer text.")
+    windows = ids[: count * window_tokens].reshape(count, window_tokens)
+    bos = _bos_id(directory, tokenizer)
+    if bos is not None:
+        windows[:, 0] = bos
+    return Windows(windows, hashlib.sha256(content.encode()).hexdigest())
+
+
+def _bos_id(directory: Path, tokenizer: object) -> int | None:
+    """Return the token that encoding puts in front of any text, None if there is no such token."""
+    framed = tokenizer.encode("", add_special_tokens=True).ids  # type: ignore[attr-defined]
+    if framed:
+        return int(framed[0])
+    path = directory / "tokenizer_config.json"
+    config = json.loads(read_text(path)) if path.exists() else {}
+    if not config.get("add_bos_token") or not config.get("bos_token"):
+        return None
+    token = config["bos_token"]
+    found = tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token)  # type: ignore[attr-defined]
+    return None if found is None else int(found)
