@@ -1,0 +1,101 @@
+"""The losses measured so far, on disk: append-only and checksummed, so that a killed run loses nothing finished."""
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from impq_edge.errors import RecordError, SensitivityError
+from impq_edge.records import read_text
+from impq_edge.spqe.sampling import Coalition
+
+_SCHEMA = "impq-edge.journal/1"
+
+
+class Journal:
+    """Losses by coalition, kept in a file beside the profile until the profile is whole.
+
+    Parameters
+    ----------
+    path
+        The file; created when missing.
+    inputs
+        Everything the losses depend on (model, text, backend, settings), as plain JSON values.
+
+    Raises
+    ------
+    SensitivityError
+        When the file was started with other inputs.
+    """
+
+    def __init__(self, path: Path, inputs: Mapping[str, Any]) -> None:
+        self.path = path
+        self.losses: dict[Coalition, NDArray[np.float64]] = {}
+        if path.exists():
+            self._resume(dict(inputs))
+        else:
+            self._append({"schema": _SCHEMA, **inputs})
+
+    def add(self, coalition: Coalition, losses: NDArray[np.float64]) -> None:
+        """Keep the losses of a coalition's windows, shape (windows,); on disk when this returns."""
+        self._append({"coalition": to_text(coalition), "losses": losses.tolist()})
+        self.losses[coalition] = losses
+
+    def _append(self, value: Mapping[str, Any]) -> None:
+        text = json.dumps(value, ensure_ascii=False)
+        line = f"{zlib.crc32(text.encode()):08x} {text}\n".encode()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise RecordError(f"{self.path} cannot be written: {error.strerror}; free space or choose -o.") from error
+
+    def _resume(self, inputs: dict[str, Any]) -> None:
+        intact, lines = _intact_lines(read_text(self.path))
+        if not lines:  # killed while the very first line was written
+            self.path.unlink()
+            self._append({"schema": _SCHEMA, **inputs})
+            return
+        found = lines[0]
+        changed = sorted(key for key in {*found, *inputs} - {"schema"} if found.get(key) != inputs.get(key))
+        if changed or found.get("schema") != _SCHEMA:
+            key = changed[0] if changed else "schema"
+            raise SensitivityError(
+                f"{self.path} was started with {key} = {found.get(key)!r}, not {inputs.get(key)!r}; "
+                "give the same settings, or delete that file to start anew."
+            )
+        with self.path.open("rb+") as file:  # a torn last line would otherwise swallow the next one
+            file.truncate(intact)
+        for line in lines[1:]:
+            self.losses[from_text(line["coalition"])] = np.array(line["losses"], dtype=np.float64)
+
+
+def to_text(coalition: Coalition) -> str:
+    """Write a coalition as one digit per block, such as ``"4424"``."""
+    return "".join(str(bits) for bits in coalition)
+
+
+def from_text(text: str) -> Coalition:
+    """Read what :func:`to_text` wrote."""
+    return tuple(4 if digit == "4" else 2 for digit in text)
+
+
+def _intact_lines(text: str) -> tuple[int, list[dict[str, Any]]]:
+    """Return the leading lines whose checksums hold, and how many bytes they take."""
+    lines: list[dict[str, Any]] = []
+    intact_bytes = 0
+    for line in text.splitlines(keepends=True):
+        checksum, _, body = line.rstrip("\n").partition(" ")
+        if not line.endswith("\n") or checksum != f"{zlib.crc32(body.encode()):08x}":
+            break
+        lines.append(json.loads(body))
+        intact_bytes += len(line.encode())
+    return intact_bytes, lines
