@@ -40,7 +40,7 @@ class Record:
         """Return the record as plain JSON values, the schema first."""
         return {"schema": self.SCHEMA, **_adapter(type(self)).dump_python(self, mode="json")}
 
-    def sha256(self) -> str:
+    def identity(self) -> str:
         """Hash of the canonical JSON form: the identity by which later records name this one."""
         return sha256_json(self.to_json())
 
@@ -98,7 +98,7 @@ def read_text(path: Path) -> str:
     try:
         if path.stat().st_size > _MAX_RECORD_BYTES:
             raise RecordError(f"{path} is larger than {_MAX_RECORD_BYTES} bytes, which no record is.")
-        return path.read_text("utf-8")
+        return path.read_bytes().decode("utf-8")  # newlines stay as they are: text is tokenised and hashed
     except FileNotFoundError:
         raise RecordError(f"{path} does not exist; check the path.") from None
     except UnicodeDecodeError:

@@ -48,7 +48,7 @@ def solve(problem: Problem, time_limit_s: float = 600.0) -> Solution:
             f"The solver's answer is not proven: objective {objective:g}, bound {bound:g}; "
             f"raise the time limit above {time_limit_s:g} s."
         )
-    return Solution(demoted, objective, min(bound, objective), _relaxation_bound(problem))
+    return Solution(demoted, objective, min(bound, objective), min(_relaxation_bound(problem), objective))
 
 
 def _branch_and_bound(problem: Problem, time_limit_s: float) -> tuple[tuple[int, ...], float]:
@@ -65,7 +65,7 @@ def _branch_and_bound(problem: Problem, time_limit_s: float) -> tuple[tuple[int,
     costs = np.concatenate([np.array(problem.linear) + np.diag(quadratic), weights]) * factor  # q_i² = q_i
     result = optimize.milp(
         costs,
-        integrality=np.arange(len(costs)) < n_blocks,
+        integrality=(np.arange(len(costs)) < n_blocks).astype(np.int64),
         bounds=optimize.Bounds(0, 1),
         constraints=[*_products(pairs, weights, n_blocks), *_budgets(problem, len(pairs))],
         options={"mip_rel_gap": 0.0, "time_limit": time_limit_s},

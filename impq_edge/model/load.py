@@ -1,5 +1,8 @@
 """The weights of a checkpoint: one tensor at a time for the writer, the whole model for the game."""
 
+import contextlib
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,19 +44,32 @@ def require_finite(values: NDArray[np.float32], name: str) -> None:
         raise ModelError(f"Tensor {name!r} has {bad} NaN or infinite weights of {values.size}; use another checkpoint.")
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep warnings about optional libraries of transformers, which nobody here uses, off the user's screen."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(previous)
+
+
 def load_model(directory: Path, spec: ModelSpec, device: "torch.device", dtype: "torch.dtype") -> Any:
     """Load the checkpoint as a ``transformers`` causal language model, in evaluation mode, on ``device``.
 
     Neither code nor pickles from the checkpoint are ever run.
     """
-    import transformers
+    with _quiet():
+        import transformers
+        from transformers import AutoModelForCausalLM
 
     # Scaled dot-product attention has no soft cap, so transformers itself asks for eager on Gemma-2.
     attention = "eager" if spec.hyperparameters.attention_softcap else "sdpa"
     major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
     dtype_argument = "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         directory,
         trust_remote_code=False,
         use_safetensors=True,

@@ -72,7 +72,9 @@ class Game:
             hidden = [self._run(layer, index, batch) for batch in hidden]
         return self._losses(hidden)
 
-    def quantise_blocks(self, directory: Path, backend: Backend, progress: Progress = lambda _: None) -> list[float]:
+    def quantise_blocks(
+        self, directory: Path, backend: Backend, progress: Progress = lambda _: None
+    ) -> tuple[float, float]:
         """Make both versions of every block from the checkpoint's weights.
 
         Returns
@@ -87,14 +89,14 @@ class Game:
                 path = tensor.name.removeprefix(f"model.layers.{index}.").removesuffix(".weight")
                 for bits, version in versions.items():
                     stored = backend.quantise(weight, bits)
-                    target = version.get_submodule(path).weight
+                    target = version.get_parameter(f"{path}.weight")
                     target.copy_(stored.weight.to(target.dtype))
                     bits_used[bits] += stored.bits_per_weight * tensor.weights
             self._layers.append(versions)
             self._model.model.layers[index] = torch.nn.Identity()  # the original is needed no longer
             progress(1)
         weights = sum(t.weights for i in range(self.spec.n_blocks) for t in self.spec.block_matrices(i))
-        return [bits_used[bits] / weights for bits in BITS]
+        return bits_used[2] / weights, bits_used[4] / weights
 
     @torch.inference_mode()
     def losses(self, coalition: Coalition) -> NDArray[np.float64]:
@@ -123,7 +125,8 @@ class Game:
 
     def _run(self, layer: torch.nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
         out = layer(hidden, **self._arguments[len(hidden)][index])
-        return out[0] if isinstance(out, tuple) else out  # transformers before 4.54 returned a tuple
+        left: torch.Tensor = out[0] if isinstance(out, tuple) else out  # transformers before 4.54 returned a tuple
+        return left
 
     def _losses(self, hidden: Sequence[torch.Tensor]) -> NDArray[np.float64]:
         losses = [
@@ -134,7 +137,7 @@ class Game:
         values: NDArray[np.float64] = torch.stack(losses).double().cpu().numpy()
         if not np.isfinite(values).all():
             raise SensitivityError(
-                "The model's loss is not finite on this text; check the checkpoint with `convert --type f16` and validate."
+                "The model's loss is not finite on this text; validate an F16 GGUF of it to see whether it works."
             )
         return values
 
@@ -168,7 +171,7 @@ def _copy_sharing_vectors(layer: torch.nn.Module) -> torch.nn.Module:
     return copy.deepcopy(layer, memo={**shared, **configs})
 
 
-class _Stopped(Exception):
+class _StopForward(Exception):  # noqa: N818 - control flow, not an error
     """Raised by a hook to end a forward pass once the block's inputs are known."""
 
 
@@ -185,7 +188,7 @@ def _capture(model: Any, batches: Sequence[torch.Tensor]) -> tuple[list[torch.Te
     def keep_input(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         embedded.append(args[0] if args else kwargs["hidden_states"])
         if len(embedded[-1]) in arguments:
-            raise _Stopped
+            raise _StopForward
 
     def keep_arguments(_: Any, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         others = {key: value for key, value in kwargs.items() if key not in ("hidden_states", "past_key_values")}
@@ -198,7 +201,7 @@ def _capture(model: Any, batches: Sequence[torch.Tensor]) -> tuple[list[torch.Te
             for batch in batches:
                 try:
                     model.model(input_ids=batch, use_cache=False)
-                except _Stopped:
+                except _StopForward:
                     continue
     finally:
         for hook in hooks:

@@ -1,7 +1,7 @@
 """The stage: checkpoint and text in, sensitivity profile out; resumable at every evaluation."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +10,18 @@ from numpy.typing import NDArray
 
 from impq_edge.backends import Backend, describe
 from impq_edge.errors import SensitivityError
-from impq_edge.model.calibration import read_windows
+from impq_edge.model.calibration import Windows
 from impq_edge.model.load import load_model
 from impq_edge.model.spec import ModelSpec
 from impq_edge.spqe.game import Game
 from impq_edge.spqe.journal import Journal
 from impq_edge.spqe.profile import GameSettings, SensitivityProfile
-from impq_edge.spqe.sampling import evaluation_order, permutations
+from impq_edge.spqe.sampling import Coalition, evaluation_order, permutations
 
 Progress = Callable[[str, int, int], None]
 """Told the name of a phase, the steps done and the steps in all."""
+
+COMPUTE_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,20 +33,38 @@ class Measured:
     recomputed_share: float  # of the blocks, on average over this run's evaluations
 
 
+def game_settings(
+    backend_name: str, backend: Backend, windows: Windows, *, n_permutations: int, seed: int, device: str
+) -> GameSettings:
+    """Gather everything besides the model that the losses depend on.
+
+    Raises
+    ------
+    SensitivityError
+        When no permutation is asked for.
+    """
+    if n_permutations < 1:
+        raise SensitivityError(f"--permutations {n_permutations} is too few; ask for 1 or more (the paper: 100).")
+    return GameSettings(
+        backend=describe(backend_name, backend),
+        text_sha256=windows.text_sha256,
+        tokens=windows.tokens.size,
+        window_tokens=windows.tokens.shape[1],
+        permutations=n_permutations,
+        seed=seed,
+        device=device,
+        dtype=COMPUTE_DTYPES[device],
+    )
+
+
 def estimate_sensitivity(
     directory: Path,
     spec: ModelSpec,
     header_bytes: int,
-    backend_name: str,
     backend: Backend,
-    text: Path,
+    windows: Windows,
+    settings: GameSettings,
     journal_path: Path,
-    *,
-    n_permutations: int,
-    tokens: int,
-    window_tokens: int,
-    seed: int,
-    device: str,
     progress: Progress = lambda *_: None,
 ) -> Measured:
     """Run SPQE as published: M walks from all-4-bit to all-2-bit, each block's loss increases along them.
@@ -55,34 +75,17 @@ def estimate_sensitivity(
     Raises
     ------
     SensitivityError
-        When no permutation is asked for, the journal belongs to other inputs, or a loss is not finite.
+        When the journal belongs to other inputs, or a loss is not finite.
     """
-    if n_permutations < 1:
-        raise SensitivityError(f"--permutations {n_permutations} is too few; ask for 1 or more (the paper: 100).")
-    windows = read_windows(directory, text, tokens, window_tokens)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    settings = GameSettings(
-        backend=describe(backend_name, backend),
-        text_sha256=windows.text_sha256,
-        tokens=windows.tokens.size,
-        window_tokens=window_tokens,
-        permutations=n_permutations,
-        seed=seed,
-        device=device,
-        dtype=str(dtype).removeprefix("torch."),
-    )
-    orders = permutations(spec.n_blocks, n_permutations, seed)
+    orders = permutations(spec.n_blocks, settings.permutations, settings.seed)
     journal = Journal(journal_path, {"model": spec.content_sha256, **dataclasses.asdict(settings)})
-    game = Game(load_model(directory, spec, torch.device(device), dtype), spec, windows.tokens)
-    reference = game.reference_losses()
-    done = iter(range(1, spec.n_blocks + 1))
-    bits = game.quantise_blocks(directory, backend, lambda _: progress("quantising", next(done), spec.n_blocks))
-    _evaluate(game, orders, journal, progress)
+    game, reference, bits = _prepare(directory, spec, backend, windows, settings, progress)
+    _evaluate(game, evaluation_order(orders), journal, progress)
     profile = SensitivityProfile.from_losses(
         model=spec,
         header_bytes=header_bytes,
         settings=settings,
-        bits_per_weight=(bits[0], bits[1]),
+        bits_per_weight=bits,
         reference_losses=reference,
         orders=orders,
         losses=journal.losses,
@@ -90,8 +93,32 @@ def estimate_sensitivity(
     return Measured(profile, game.evaluations, game.recomputed_share)
 
 
-def _evaluate(game: Game, orders: NDArray[np.int64], journal: Journal, progress: Progress) -> None:
-    wanted = evaluation_order(orders)
+def measure_coalitions(
+    directory: Path,
+    spec: ModelSpec,
+    backend: Backend,
+    windows: Windows,
+    settings: GameSettings,
+    coalitions: Sequence[Coalition],
+    progress: Progress = lambda *_: None,
+) -> list[float]:
+    """Return the mean loss of each coalition in nats per token, on any backend and without a journal."""
+    game, _, _ = _prepare(directory, spec, backend, windows, settings, progress)
+    return [float(game.losses(coalition).mean()) for coalition in coalitions]
+
+
+def _prepare(
+    directory: Path, spec: ModelSpec, backend: Backend, windows: Windows, settings: GameSettings, progress: Progress
+) -> tuple[Game, NDArray[np.float64], tuple[float, float]]:
+    model = load_model(directory, spec, torch.device(settings.device), getattr(torch, settings.dtype))
+    game = Game(model, spec, windows.tokens)
+    reference = game.reference_losses()
+    done = iter(range(1, spec.n_blocks + 1))
+    bits = game.quantise_blocks(directory, backend, lambda _: progress("quantising", next(done), spec.n_blocks))
+    return game, reference, bits
+
+
+def _evaluate(game: Game, wanted: Sequence[Coalition], journal: Journal, progress: Progress) -> None:
     for done, coalition in enumerate(wanted):
         progress("evaluating", done, len(wanted))
         if coalition not in journal.losses:

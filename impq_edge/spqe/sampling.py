@@ -11,6 +11,11 @@ Coalition = tuple[Bits, ...]
 """Bits of each of the L blocks: the paper's S is the set of blocks at 4."""
 
 
+def uniform(bits: Bits, n_blocks: int) -> Coalition:
+    """Return the coalition with every block at the same bits."""
+    return (bits,) * n_blocks
+
+
 def permutations(n_blocks: int, count: int, seed: int) -> NDArray[np.int64]:
     """Draw ``count`` independent orders of ``n_blocks`` players, shape (count, n_blocks)."""
     generator = np.random.default_rng(seed)
@@ -32,5 +37,5 @@ def evaluation_order(orders: NDArray[np.int64]) -> list[Coalition]:
     The two extremes come first: every walk begins and ends there.
     """
     n_blocks = orders.shape[1]
-    extremes: list[Coalition] = [(4,) * n_blocks, (2,) * n_blocks]
+    extremes = [uniform(4, n_blocks), uniform(2, n_blocks)]
     return list(dict.fromkeys([*extremes, *(coalition for order in orders for coalition in walk(order))]))

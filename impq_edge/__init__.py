@@ -1,0 +1,33 @@
+"""impq-edge: the best mixed-precision GGUF that fits an edge device, and the proof of it.
+
+The stages are functions; the command line only calls them. Each is imported when it is first used, so
+that the base install (no torch) can validate.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from impq_edge.devices.profile import device_names, load_device
+    from impq_edge.releases.build import build
+    from impq_edge.stages import allocate, convert, profile
+    from impq_edge.validation.validate import validate
+
+__all__ = ["allocate", "build", "convert", "device_names", "load_device", "profile", "validate"]
+__version__ = "0.1.0"
+
+_HOMES = {
+    "allocate": "impq_edge.stages",
+    "build": "impq_edge.releases.build",
+    "convert": "impq_edge.stages",
+    "device_names": "impq_edge.devices.profile",
+    "load_device": "impq_edge.devices.profile",
+    "profile": "impq_edge.stages",
+    "validate": "impq_edge.validation.validate",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

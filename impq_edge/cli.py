@@ -1,0 +1,360 @@
+"""The command line. It parses, calls one stage, and prints; every decision is the stage's.
+
+Exit codes: 0 done · 1 a check failed · 2 options that do not parse · 3 bad input, one sentence on stderr ·
+130 interrupted.
+"""
+
+import re
+import shlex
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from impq_edge import console
+from impq_edge.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_CHECK_FAILED,
+    EXIT_INTERRUPTED,
+    AllocationError,
+    ImpqError,
+)
+
+if TYPE_CHECKING:
+    from impq_edge.devices.profile import DeviceProfile
+    from impq_edge.validation.report import ValidationReport
+
+_EPILOG = "Exit codes: 0 done, 1 a check failed, 2 bad options, 3 bad input, 130 interrupted."
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="The best mixed-precision GGUF that fits an edge device, and the proof of it.",
+    epilog=_EPILOG,
+)
+devices_app = typer.Typer(help="The devices that are known, and what they have.", epilog=_EPILOG)
+app.add_typer(devices_app, name="devices")
+
+_BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|KiB|MB|MiB|GB|GiB)?", re.IGNORECASE)
+_UNITS = {"b": 1, "kb": 10**3, "kib": 2**10, "mb": 10**6, "mib": 2**20, "gb": 10**9, "gib": 2**30}
+
+Model = Annotated[str, typer.Option(help="`demo`, a checkpoint directory, or a hub id such as `org/name`.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
+Device = Annotated[str, typer.Option(help="A name from `impq-edge devices`, or a TOML file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Backend = Annotated[Literal["kquant", "hqq"], typer.Option(help="What quantises the blocks in the game.")]
+Permutations = Annotated[int, typer.Option(help="Walks from all-4-bit to all-2-bit; the paper: 100.")]
+Tokens = Annotated[int, typer.Option(help="Calibration tokens per evaluation, in windows of 512.")]
+Calibration = Annotated[Path | None, typer.Option(help="Calibration text, UTF-8; a short one ships.")]
+Seed = Annotated[int, typer.Option(help="Seed of the permutations.")]
+Context = Annotated[int | None, typer.Option(help="Tokens the KV cache must hold; the device's default.")]
+KvType = Annotated[Literal["f16", "q8_0"] | None, typer.Option(help="Type of the KV cache; the device's default.")]
+Budget = Annotated[str | None, typer.Option(help="Largest file, such as `900MiB`.")]
+AverageBits = Annotated[str | None, typer.Option(help="Highest nominal bits of the blocks on average, 2 to 4.")]
+Alpha = Annotated[float, typer.Option(help="Damping of interactions: 0 none, 1 drops them; the paper: 0.5.")]
+HeadType = Annotated[Literal["q6_k", "q8_0", "q4_k", "f16"], typer.Option(help="Type of embedding and head.")]
+AllowFallback = Annotated[bool, typer.Option(help="Build although some rows hold no K-quants.")]
+Text = Annotated[Path | None, typer.Option(help="Evaluation text, UTF-8; a short one ships.")]
+Windows = Annotated[int, typer.Option(help="Windows of 512 tokens to score.")]
+Compute = Annotated[Literal["cuda", "cpu"] | None, typer.Option(help="Where the game runs; CUDA when there is one.")]
+
+
+@devices_app.callback(invoke_without_command=True)
+def devices(context: typer.Context, as_json: Json = False) -> None:
+    """List the devices. Example: `impq-edge devices --json`."""
+    if context.invoked_subcommand is not None:
+        return
+    from impq_edge.devices.profile import device_names, load_device
+
+    found = [load_device(name) for name in device_names()]
+    if as_json:
+        console.show_json({"devices": [device.to_json() for device in found]})
+        return
+    rows = [
+        [d.name, d.title, _mib(d.memory_bytes), _mib(d.system_reserve_bytes), str(d.context_tokens), d.kv_type]
+        for d in found
+    ]
+    console.show_table("Devices", ["name", "device", "memory, MiB", "reserve, MiB", "context", "KV"], rows)
+
+
+@devices_app.command("show", epilog=_EPILOG)
+def show_device(name: Annotated[str, typer.Argument(help="Name or TOML file.")], as_json: Json = False) -> None:
+    """Show one device with the source of each number. Example: `impq-edge devices show raspberry-pi-5`."""
+    from impq_edge.devices.profile import load_device
+
+    device = load_device(name)
+    if as_json:
+        console.show_json(device.to_json())
+        return
+    console.show_table(device.title, ["field", "value", "source"], _device_rows(device))
+
+
+@app.command(epilog=_EPILOG)
+def profile(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The profile to write.")],
+    model: Model = "demo",
+    backend: Backend = "kquant",
+    permutations: Permutations = 8,
+    tokens: Tokens = 4096,
+    calibration: Calibration = None,
+    seed: Seed = 0,
+    revision: Revision = None,
+    allow_fallback: AllowFallback = False,
+    compute: Compute = None,
+    as_json: Json = False,
+) -> None:
+    """Estimate how much each block suffers at 2 bit (SPQE). A killed run goes on where it stopped.
+
+    Example: `impq-edge profile --model meta-llama/Llama-3.2-1B --permutations 100 -o llama.json`
+    """
+    from impq_edge import stages
+
+    with console.progress() as advance:
+        made = stages.profile(
+            model, out=out, backend=backend, permutations=permutations, tokens=tokens, calibration=calibration,
+            seed=seed, revision=revision, allow_fallback=allow_fallback, compute=compute, progress=advance,
+        )  # fmt: skip
+    if as_json:
+        console.show_json(
+            {"profile": str(out), "sha256": made.identity(), "phi": made.phi, "phi_stderr": made.phi_stderr}
+        )
+        return
+    rows = [
+        [str(block), f"{phi:+.5f}", f"{error:.5f}"]
+        for block, (phi, error) in enumerate(zip(made.phi, made.phi_stderr, strict=True))
+    ]
+    console.show_table(f"Loss increase at 2 bit, {made.model.name}", ["block", "φ, nats/token", "± s.e."], rows)
+
+
+@app.command(epilog=_EPILOG)
+def allocate(
+    profile: Annotated[str, typer.Argument(help="A sensitivity profile: a file, or the name of a shipped one.")],
+    device: Device,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The allocation to write.")],
+    context: Context = None,
+    kv_type: KvType = None,
+    budget: Budget = None,
+    average_bits: AverageBits = None,
+    alpha: Alpha = 0.5,
+    head_type: HeadType = "q6_k",
+    as_json: Json = False,
+) -> None:
+    """Choose which blocks get 4 bit within a device's memory (IMPQ), proven optimal for the profile.
+
+    Example: `impq-edge allocate llama.json --device raspberry-pi-5 --context 8192 -o llama-pi5.json`
+    """
+    from impq_edge import stages
+
+    made = stages.allocate(
+        stages.load_profile(profile), device=device, context_tokens=context, kv_type=kv_type,
+        budget_bytes=_bytes(budget), average_bits=_fraction(average_bits), alpha=alpha, outer_type=head_type, out=out,
+    )  # fmt: skip
+    if as_json:
+        console.show_json(made.to_json())
+        return
+    console.show_line("bits per block: " + " ".join(str(bits) for bits in made.block_bits))
+    console.show_line(
+        f"{made.average_bits:.3f} bits on average, {made.predicted_file_bytes:,} of {made.budget_bytes:,} bytes, "
+        + (
+            "everything fits at 4 bit"
+            if made.everything_fits
+            else f"objective {made.objective:.6g} nats/token, optimal"
+        )
+    )
+
+
+@app.command(epilog=_EPILOG)
+def convert(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The GGUF to write.")],
+    model: Model = "demo",
+    allocation: Annotated[Path | None, typer.Option(help="An allocation; or give --type.")] = None,
+    type: Annotated[
+        Literal["f32", "f16", "q8_0", "q4_k", "q2_k"] | None, typer.Option(help="One type for all blocks.")
+    ] = None,
+    head_type: HeadType = "q6_k",
+    revision: Revision = None,
+    allow_fallback: AllowFallback = False,
+    threads: Annotated[int | None, typer.Option(help="Threads of the encoder; all cores.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write one GGUF straight from safetensors.
+
+    Example: `impq-edge convert --allocation llama-pi5.json --model meta-llama/Llama-3.2-1B -o llama.gguf`
+    """
+    from impq_edge import stages
+
+    with console.progress() as advance:
+        made = stages.convert(
+            model, out=out, allocation=allocation, type=type, outer_type=head_type, revision=revision,
+            allow_fallback=allow_fallback, threads=threads, progress=advance,
+        )  # fmt: skip
+    if as_json:
+        console.show_json({**made.to_json(), "artifact": str(out)})
+        return
+    console.show_line(f"{out}: {made.file_bytes:,} bytes, {made.bits_per_weight:.2f} bits/weight, sha256 {made.sha256}")
+
+
+@app.command(epilog=_EPILOG)
+def validate(
+    file: Annotated[Path, typer.Argument(help="A GGUF.")],
+    device: Annotated[str | None, typer.Option(help="A device's name or TOML file: its limits are checked.")] = None,
+    text: Text = None,
+    windows: Windows = 24,
+    context: Context = None,
+    kv_type: KvType = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also save the report here.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Load a GGUF in llama.cpp, measure it, and check it against a device. Exit code 0 only if all checks hold.
+
+    Example: `impq-edge validate llama.gguf --device raspberry-pi-5`
+    """
+    from impq_edge.devices.profile import load_device
+    from impq_edge.validation.validate import validate as run
+
+    with console.progress() as advance:
+        report = run(
+            file, device=load_device(device) if device else None, text=text, windows=windows,
+            context_tokens=context, kv_type=kv_type, progress=advance,
+        )  # fmt: skip
+    if out is not None:
+        report.save(out)
+    if as_json:
+        console.show_json(report.to_json())
+    else:
+        rows = [[check.name, check.status.replace("_", " "), check.detail] for check in report.checks]
+        console.show_table(
+            f"{report.file}: {'passed' if report.passed else 'failed'}", ["check", "status", "detail"], rows
+        )
+    if not report.passed:
+        raise typer.Exit(EXIT_CHECK_FAILED)
+
+
+@app.command(epilog=_EPILOG)
+def build(
+    device: Device,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory of this build; an unfinished one is resumed.")],
+    model: Model = "demo",
+    revision: Revision = None,
+    backend: Backend = "kquant",
+    permutations: Permutations = 8,
+    tokens: Tokens = 4096,
+    calibration: Calibration = None,
+    seed: Seed = 0,
+    profile: Annotated[str | None, typer.Option(help="A finished sensitivity profile, file or shipped name.")] = None,
+    context: Context = None,
+    kv_type: KvType = None,
+    budget: Budget = None,
+    average_bits: AverageBits = None,
+    alpha: Alpha = 0.5,
+    head_type: HeadType = "q6_k",
+    allow_fallback: AllowFallback = False,
+    text: Text = None,
+    windows: Windows = 24,
+    compute: Compute = None,
+    as_json: Json = False,
+) -> None:
+    """Build the best GGUF for a device: profile, allocate, convert, validate, report.
+
+    Example: `impq-edge build --device raspberry-pi-5 --average-bits 3 -o build/demo`
+
+    Example: `impq-edge build --device jetson-orin-nano-8gb --model Qwen/Qwen3-8B --permutations 100 -o build/qwen3-8b`
+    """
+    from impq_edge.releases import build as pipeline
+
+    with console.progress() as advance:
+        made = pipeline.build(
+            device, out=out, model=model, revision=revision, backend=backend, permutations=permutations, tokens=tokens,
+            calibration=calibration, seed=seed, sensitivity=Path(profile) if profile else None, context_tokens=context,
+            kv_type=kv_type, budget_bytes=_bytes(budget), average_bits=_fraction(average_bits), alpha=alpha,
+            outer_type=head_type, allow_fallback=allow_fallback, text=text, windows=windows, compute=compute,
+            command=_command_line(), say=console.say, progress=advance,
+        )  # fmt: skip
+    if as_json:
+        console.show_json(pipeline.summary(made))
+    else:
+        files = {"this file": (made.artifact, made.validation)}
+        files |= {f"all {bits} bit": both for bits, both in made.uniform.items()}
+        rows = [
+            [name, f"{artifact.file_bytes:,}", f"{artifact.bits_per_weight:.2f}", _perplexity(report)]
+            for name, (artifact, report) in files.items()
+        ]
+        console.show_table(made.artifact.artifact, ["file", "bytes", "bits/weight", "perplexity"], rows)
+        console.show_line(str(out / "report.md"))
+    if not made.validation.passed:
+        console.fail("The file was built, but validation failed; see the checks in report.md.")
+        raise typer.Exit(EXIT_CHECK_FAILED)
+
+
+@app.command(epilog=_EPILOG)
+def doctor(
+    file: Annotated[Path | None, typer.Option(help="A GGUF with Q4_K tensors to try; else none is run.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what is installed, what llama.cpp was built for, whether it runs here, and what to do if not."""
+    from impq_edge.validation.doctor import examine
+
+    report = examine(file)
+    if as_json:
+        console.show_json(report.to_json())
+        return
+    console.show_json(report.to_json())
+
+
+def main() -> None:
+    """Run the command line and turn every expected failure into one sentence and an exit code."""
+    try:
+        app()
+    except ImpqError as error:
+        console.fail(str(error))
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        console.say("Interrupted; finished work is kept, run the same command again to go on.")
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def _perplexity(report: "ValidationReport") -> str:
+    return "not finite" if report.perplexity is None else f"{report.perplexity:.3f}"
+
+
+def _device_rows(device: "DeviceProfile") -> list[list[str]]:
+    shown = device.to_json()
+    sources = shown.pop("sources")
+    nested = {
+        f"{key}.{inner}": v for key, value in shown.items() if isinstance(value, dict) for inner, v in value.items()
+    }
+    flat = {key: value for key, value in shown.items() if not isinstance(value, dict)} | nested
+    return [[key, str(value), sources.get(key.split(".")[0], "")] for key, value in flat.items() if value is not None]
+
+
+def _bytes(text: str | None) -> int | None:
+    if text is None:
+        return None
+    found = _BUDGET.fullmatch(text.strip())
+    if found is None:
+        raise AllocationError(f"--budget {text!r} is not a size; write it like 900MiB or 1.5GiB.")
+    return int(Fraction(found[1]) * _UNITS[(found[2] or "B").lower()])
+
+
+def _fraction(text: str | None) -> Fraction | None:
+    if text is None:
+        return None
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise AllocationError(f"--average-bits {text!r} is not a number; write it like 3 or 2.75.") from None
+
+
+def _command_line() -> str:
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**20:,.0f}"
+
+
+if __name__ == "__main__":
+    main()

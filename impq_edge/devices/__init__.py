@@ -1,0 +1,1 @@
+"""What a device has, and what a file will occupy on it."""

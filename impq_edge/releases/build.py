@@ -1,0 +1,327 @@
+"""The pipeline: one checkpoint and one device in, a validated GGUF with its records and report out.
+
+Every stage saves its record; a stage whose record is there and was made from the same inputs is not redone.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+from impq_edge.backends import NAMES, load_backend
+from impq_edge.conversion.artifact import Artifact
+from impq_edge.data import data_path
+from impq_edge.devices.memory import MemoryPlan, memory_plan
+from impq_edge.devices.profile import DeviceProfile, KvType, load_device
+from impq_edge.errors import BackendError, RecordError
+from impq_edge.impq.allocation import BLOCK_TYPES, Allocation
+from impq_edge.model.source import DEMO, fetch, find
+from impq_edge.model.spec import ModelSpec, read_model
+from impq_edge.records import Record, atomic_path
+from impq_edge.releases.preview import Preview, preview
+from impq_edge.releases.report import Comparison, render
+from impq_edge.spqe.journal import to_text
+from impq_edge.spqe.profile import SensitivityProfile
+from impq_edge.spqe.run import measure_coalitions
+from impq_edge.spqe.sampling import Coalition, uniform
+from impq_edge.stages import (
+    DEFAULT_PERMUTATIONS,
+    DEFAULT_TOKENS,
+    DEFAULT_WINDOW_TOKENS,
+    allocate,
+    calibration_windows,
+    convert,
+    load_profile,
+    profile,
+    record_path,
+    require_rows,
+)
+from impq_edge.validation.report import ValidationReport
+from impq_edge.validation.validate import DEFAULT_WINDOWS, validate
+
+Progress = Callable[[str, int, int], None]
+Say = Callable[[str], None]
+"""Told a sentence a person should read now."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """What a build made."""
+
+    directory: Path
+    device: DeviceProfile
+    profile: SensitivityProfile
+    allocation: Allocation
+    artifact: Artifact
+    validation: ValidationReport
+    uniform: dict[int, tuple[Artifact, ValidationReport]]  # bits of all blocks → the file and its measures
+    plan: MemoryPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class BackendLosses(Record):
+    """Calibration losses of the chosen allocation on the profile's backend and on the K-quants that ship."""
+
+    SCHEMA = "impq-edge.backend-losses/1"
+
+    allocation_sha256: str
+    coalitions: tuple[str, ...]  # the mix, all at 4 bit, all at 2 bit
+    backend: tuple[float, ...]  # nats per token
+    kquant: tuple[float, ...]  # nats per token
+
+
+def build(
+    device: DeviceProfile | str,
+    *,
+    out: Path,
+    model: str = DEMO,
+    revision: str | None = None,
+    backend: str = "kquant",
+    permutations: int = DEFAULT_PERMUTATIONS,
+    tokens: int = DEFAULT_TOKENS,
+    calibration: Path | None = None,
+    seed: int = 0,
+    sensitivity: Path | None = None,
+    context_tokens: int | None = None,
+    kv_type: KvType | None = None,
+    budget_bytes: int | None = None,
+    average_bits: float | Fraction | None = None,
+    alpha: float = 0.5,
+    outer_type: str = "q6_k",
+    allow_fallback: bool = False,
+    text: Path | None = None,
+    windows: int = DEFAULT_WINDOWS,
+    compute: str | None = None,
+    command: str = "",
+    say: Say = lambda _: None,
+    progress: Progress = lambda *_: None,
+) -> Build:
+    """Run every stage and write the GGUF, the records and ``report.md`` into ``out``.
+
+    Parameters
+    ----------
+    device
+        A shipped name, a TOML file, or a loaded profile.
+    out
+        A directory, of its own for every build; an unfinished one is gone on with.
+    sensitivity
+        A finished sensitivity profile of this model, which spares the longest stage.
+    command
+        The command that asked for the build, for the report.
+    say
+        Told what the build will cost before it starts, and what it decided.
+
+    The other parameters are those of :func:`impq_edge.profile`, :func:`impq_edge.allocate`,
+    :func:`impq_edge.convert` and :func:`impq_edge.validate`.
+
+    Raises
+    ------
+    ImpqError
+        One sentence for whatever cannot be used.
+    """
+    target = load_device(device) if isinstance(device, str) else device
+    if backend not in NAMES:
+        raise BackendError(f"Backend {backend!r} is unknown; choose one of {', '.join(NAMES)}.")
+    source = find(model, revision)
+    say(f"Model: {source.summary()}.")
+    directory = fetch(source)
+    spec = read_model(directory, source.name)
+    require_rows(spec, allow_fallback)
+    profile_path = out / "sensitivity.json"
+    done = sensitivity is not None or profile_path.exists()
+    cost = _preview(spec, source.download_bytes, 0 if done else permutations, tokens, windows, compute)
+    say(_told(cost, out))
+
+    if sensitivity is not None:
+        found = load_profile(sensitivity)
+        _require_same_model(found, spec, sensitivity)
+    else:
+        found = profile(
+            str(directory), out=profile_path, backend=backend, permutations=permutations, tokens=tokens,
+            calibration=calibration, seed=seed, allow_fallback=allow_fallback, compute=compute, progress=progress,
+        )  # fmt: skip
+    allocation = allocate(
+        found, device=target, context_tokens=context_tokens, kv_type=kv_type, budget_bytes=budget_bytes,
+        average_bits=average_bits, alpha=alpha, outer_type=outer_type, out=out / "allocation.json",
+    )  # fmt: skip
+    _tell_allocation(allocation, say)
+
+    def finish(name: str, bits: int | None) -> tuple[Artifact, ValidationReport]:
+        artifact = _converted(directory, out / name, allocation, bits, allow_fallback, progress)
+        report = _validated(out / name, artifact, target, allocation, text, windows, progress)
+        return artifact, report
+
+    artifact, validation = finish(_file_name(spec, allocation), None)
+    compared = {
+        bits: (artifact, validation)
+        if set(allocation.block_bits) == {bits}
+        else finish(f"uniform-{bits}bit.gguf", bits)
+        for bits in (4, 2)
+    }
+    losses = _backend_losses(directory, found, allocation, calibration, out, progress)
+    plan = memory_plan(
+        spec, allocation.tensor_types, artifact.file_bytes, target,
+        context_tokens=allocation.context_tokens, kv_type=allocation.kv_type,
+    )  # fmt: skip
+    made = Build(out, target, found, allocation, artifact, validation, compared, plan)
+    with atomic_path(out / "report.md") as temporary:
+        temporary.write_text(render(_comparison(made, losses), command), "utf-8")
+    return made
+
+
+def summary(made: Build) -> dict[str, object]:
+    """Return what ``build --json`` prints."""
+    return {
+        "artifact": str(made.directory / made.artifact.artifact),
+        "sha256": made.artifact.sha256,
+        "file_bytes": made.artifact.file_bytes,
+        "predicted_file_bytes": made.artifact.predicted_file_bytes,
+        "budget_bytes": made.allocation.budget_bytes,
+        "average_bits": made.allocation.average_bits,
+        "bits_per_weight": made.artifact.bits_per_weight,
+        "tensor_types": made.artifact.tensor_types,
+        "block_bits": list(made.allocation.block_bits),
+        "device": made.device.name,
+        "objective": made.allocation.objective,
+        "lower_bound": made.allocation.lower_bound,
+        "validation": made.validation.to_json(),
+        "uniform": {f"{bits}bit": report.to_json() for bits, (_, report) in made.uniform.items()},
+        "report": str(made.directory / "report.md"),
+    }
+
+
+def _preview(
+    spec: ModelSpec, download_bytes: int, permutations: int, tokens: int, windows: int, compute: str | None
+) -> Preview:
+    import torch
+
+    return preview(
+        spec,
+        download_bytes=download_bytes,
+        evaluations=permutations * (spec.n_blocks - 1) + 2 if permutations else 0,
+        tokens=tokens,
+        validation_tokens=windows * DEFAULT_WINDOW_TOKENS,
+        files=3,
+        compute=compute or ("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+
+
+def _told(cost: Preview, out: Path) -> str:
+    mib = 2**20
+    minutes = cost.seconds / 60
+    time = f"about {minutes:.0f} minutes" if minutes >= 2 else "about a minute or two"
+    return (
+        f"This downloads {cost.download_bytes / mib:,.0f} MiB, writes up to {cost.write_bytes / mib:,.0f} MiB "
+        f"to {out}, holds about {cost.memory_bytes / mib:,.0f} MiB of weights in memory, and takes {time} on this machine."
+    )
+
+
+def _tell_allocation(allocation: Allocation, say: Say) -> None:
+    left = allocation.budget_bytes - allocation.predicted_file_bytes
+    if allocation.everything_fits:
+        say(f"Everything fits {allocation.device} at 4 bit; {left / 2**20:,.1f} MiB would be left for more bits.")
+    else:
+        blocks = sum(bits == 4 for bits in allocation.block_bits)
+        say(
+            f"{blocks} of {len(allocation.block_bits)} blocks at 4 bit, {allocation.average_bits:.2f} bits on average, "
+            f"{allocation.predicted_file_bytes:,} bytes; proven optimal for the profile."
+        )
+
+
+def _require_same_model(found: SensitivityProfile, spec: ModelSpec, path: Path) -> None:
+    if found.model.content_sha256 != spec.content_sha256:
+        raise RecordError(
+            f"{path} is a profile of {found.model.name} ({found.model.content_sha256[:12]}…), not of {spec.name} "
+            f"({spec.content_sha256[:12]}…); leave --profile out to make one of this model."
+        )
+
+
+def _file_name(spec: ModelSpec, allocation: Allocation) -> str:
+    return f"{spec.name}-{Path(allocation.device).name}-IMPQ-{allocation.bits_per_weight:.2f}bpw.gguf"
+
+
+def _converted(
+    directory: Path, path: Path, allocation: Allocation, bits: int | None, allow_fallback: bool, progress: Progress
+) -> Artifact:
+    """Write the mix (``bits`` None) or a uniform file, unless it is there already."""
+    record = record_path(path)
+    if record.exists():
+        found = Artifact.load(record)
+        wanted = allocation.identity() if bits is None else None
+        same = found.model_sha256 == allocation.model_sha256 and found.allocation_sha256 == wanted
+        if same and found.is_intact(path.parent):
+            return found
+    if bits is None:
+        return convert(
+            str(directory), out=path, allocation=allocation, allow_fallback=allow_fallback, progress=progress
+        )
+    return convert(
+        str(directory), out=path, type=BLOCK_TYPES[bits], outer_type=allocation.outer_type,
+        allow_fallback=allow_fallback, progress=progress,
+    )  # fmt: skip
+
+
+def _validated(
+    path: Path,
+    artifact: Artifact,
+    device: DeviceProfile,
+    allocation: Allocation,
+    text: Path | None,
+    windows: int,
+    progress: Progress,
+) -> ValidationReport:
+    record = path.with_name(f"{path.name}.validation.json")
+    if record.exists():
+        found = ValidationReport.load(record)
+        if found.sha256 == artifact.sha256 and found.device == device.name:
+            return found
+    report = validate(
+        path, device=device, text=text or data_path("demo", "evaluation.txt"), windows=windows,
+        context_tokens=allocation.context_tokens, kv_type=allocation.kv_type, progress=progress,
+    )  # fmt: skip
+    report.save(record)
+    return report
+
+
+def _backend_losses(
+    directory: Path,
+    found: SensitivityProfile,
+    allocation: Allocation,
+    calibration: Path | None,
+    out: Path,
+    progress: Progress,
+) -> BackendLosses | None:
+    """Compare the profile's backend with the K-quants that ship; None where they are the same."""
+    name = str(found.settings.backend["name"])
+    if name == "kquant":
+        return None
+    path = out / "backend-losses.json"
+    if path.exists() and (kept := BackendLosses.load(path)).allocation_sha256 == allocation.identity():
+        return kept
+    n_blocks = found.model.n_blocks
+    mix: Coalition = tuple(4 if bits == 4 else 2 for bits in allocation.block_bits)
+    coalitions = [mix, uniform(4, n_blocks), uniform(2, n_blocks)]
+    windows = calibration_windows(directory, calibration, found.settings.tokens, found.settings.window_tokens)
+    measured = {
+        each: measure_coalitions(
+            directory, found.model, load_backend(each), windows, found.settings, coalitions, progress
+        )
+        for each in (name, "kquant")
+    }
+    losses = BackendLosses(
+        allocation.identity(), tuple(map(to_text, coalitions)), tuple(measured[name]), tuple(measured["kquant"])
+    )
+    losses.save(path)
+    return losses
+
+
+def _comparison(made: Build, losses: BackendLosses | None) -> Comparison:
+    return Comparison(
+        device=made.device,
+        profile=made.profile,
+        allocation=made.allocation,
+        mix=(made.artifact, made.validation),
+        uniform=made.uniform,
+        plan=made.plan,
+        backend_losses=None if losses is None else (losses.backend, losses.kquant),
+    )

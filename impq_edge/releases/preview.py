@@ -1,0 +1,82 @@
+"""What a build will download, write, hold in memory and take, said before it starts."""
+
+import dataclasses
+import time
+
+import torch
+
+from impq_edge.ggml.types import TensorType
+from impq_edge.impq.allocation import BLOCK_TYPES
+from impq_edge.model.recipe import data_bytes, tensor_types
+from impq_edge.model.spec import ModelSpec
+from impq_edge.spqe.run import COMPUTE_DTYPES
+
+_MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
+_USED_SHARE = 0.5  # of a large matrix product's rate: what evaluations reached on two cores and the demo
+_RECOMPUTED_SHARE = 0.53  # of the blocks, on permutation walks (measured, see docs)
+_VALIDATION_PASSES = 3  # perplexity, and about twice as much again for speed and memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Preview:
+    """The cost of a build."""
+
+    download_bytes: int
+    write_bytes: int
+    memory_bytes: int
+    seconds: float
+
+
+def preview(
+    spec: ModelSpec,
+    *,
+    download_bytes: int,
+    evaluations: int,
+    tokens: int,
+    validation_tokens: int,
+    files: int,
+    compute: str,
+) -> Preview:
+    """Estimate a build's cost from the model's shapes and a short matrix product on this machine.
+
+    Parameters
+    ----------
+    evaluations
+        Still to be made; 0 where the sensitivity profile is there already.
+    tokens
+        Per evaluation.
+    validation_tokens
+        Per file.
+    files
+        GGUFs to be written and validated.
+    """
+    outer = TensorType.Q6_K
+    largest = data_bytes(spec, tensor_types(spec, [BLOCK_TYPES[4]] * spec.n_blocks, outer))
+    in_blocks = sum(t.weights for t in spec.tensors if t.block is not None)
+    outside = spec.weights - in_blocks
+    dtype = getattr(torch, COMPUTE_DTYPES[compute])
+    # A multiplication and an addition per weight and token; the head is computed in every evaluation.
+    game = 2 * tokens * evaluations * (in_blocks * _RECOMPUTED_SHARE + outside)
+    validation = 2 * validation_tokens * files * _VALIDATION_PASSES * spec.weights
+    seconds = game / (_USED_SHARE * _matrix_flop_per_s(compute, dtype)) + validation / (
+        _USED_SHARE * _matrix_flop_per_s("cpu", torch.float32)
+    )
+    activations = tokens * spec.hyperparameters.hidden * (spec.n_blocks + 1) * 2
+    return Preview(
+        download_bytes=download_bytes,
+        write_bytes=files * largest,
+        memory_bytes=dtype.itemsize * (2 * in_blocks + outside + activations) if evaluations else 2 * largest,
+        seconds=seconds,
+    )
+
+
+def _matrix_flop_per_s(compute: str, dtype: torch.dtype) -> float:
+    """Time a square matrix product on random data, the second of two."""
+    size = _MATRIX_SIZE[compute]
+    matrix = torch.randn(size, size, device=compute).to(dtype)
+    elapsed = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        float((matrix @ matrix)[0, 0])  # reading a value waits for the GPU
+        elapsed = time.perf_counter() - start
+    return float(2 * size**3 / elapsed)

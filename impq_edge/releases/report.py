@@ -1,0 +1,189 @@
+"""``report.md``: what a build made and measured, for people."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from impq_edge.conversion.artifact import Artifact
+from impq_edge.devices.memory import MemoryPlan
+from impq_edge.devices.profile import DeviceProfile
+from impq_edge.impq.allocation import Allocation
+from impq_edge.spqe.profile import SensitivityProfile
+from impq_edge.validation.report import ValidationReport
+
+Measured = tuple[Artifact, ValidationReport]
+
+_MIB = 2**20
+_BAR_WIDTH = 24
+_SHOWN_TEXT = 400  # characters of the generation
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Everything the report tells."""
+
+    device: DeviceProfile
+    profile: SensitivityProfile
+    allocation: Allocation
+    mix: Measured
+    uniform: dict[int, Measured]
+    plan: MemoryPlan
+    backend_losses: tuple[Sequence[float], Sequence[float]] | None  # of the mix, all-4, all-2: backend, K-quants
+
+
+def render(c: Comparison, command: str) -> str:
+    """Return the report as Markdown; it holds no timings of the build, but the speeds that were measured."""
+    artifact, report = c.mix
+    verdict = "passed" if report.passed else "**failed**"
+    sections = [
+        f"# {c.allocation.model_name} for {c.device.title}",
+        f"`{artifact.artifact}` · {artifact.file_bytes:,} bytes · {artifact.bits_per_weight:.2f} bits/weight · "
+        f"blocks at {c.allocation.average_bits:.2f} bits on average · validation {verdict}",
+        _headline(c),
+        _quality(c),
+        _blocks(c),
+        _memory(c),
+        _checks(report),
+        _backends(c),
+        _sample(report),
+        _provenance(c, command),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def paired_difference(one: ValidationReport, other: ValidationReport) -> tuple[float, float]:
+    """Return the mean difference of window losses (one − other) and its standard error, nats per token.
+
+    Both files were scored on the same windows, so what the windows have in common cancels.
+    """
+    differences = np.subtract(one.window_nlls, other.window_nlls)
+    spread = differences.std(ddof=1) if len(differences) > 1 else math.nan
+    return float(differences.mean()), float(spread / math.sqrt(len(differences)))
+
+
+def _headline(c: Comparison) -> str:
+    left = c.allocation.budget_bytes - c.allocation.predicted_file_bytes
+    if c.allocation.everything_fits:
+        return f"Everything fits at 4 bit: {left / _MIB:,.1f} MiB of the device's budget would be left for more bits."
+    gap = c.allocation.objective - (c.allocation.lower_bound or 0.0)
+    return (
+        f"The allocation is optimal for the sensitivity profile: objective {c.allocation.objective:.6g} nats/token, "
+        f"proven bound {gap:.2g} below it, bound of the continuous relaxation {c.allocation.relaxation_bound:.6g}."
+    )
+
+
+def _quality(c: Comparison) -> str:
+    rows = [("this file", c.mix), *((f"all blocks at {bits} bit", made) for bits, made in c.uniform.items())]
+    reference = c.uniform[4][1]
+    lines = [
+        "## Quality, size and speed",
+        "",
+        "| file | bytes | bits/weight | perplexity | Δ loss to 4 bit, nats/token | prompt, tok/s | generation, tok/s |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, (artifact, report) in rows:
+        difference, error = paired_difference(report, reference)
+        against = "–" if report is reference else f"{difference:+.4f} ± {error:.4f}"
+        lines.append(
+            f"| {name} | {artifact.file_bytes:,} | {artifact.bits_per_weight:.2f} | {_perplexity(report)} | {against} "
+            f"| {report.prompt_tok_per_s:.1f} ± {report.prompt_sd_tok_per_s:.1f} "
+            f"| {report.generation_tok_per_s:.1f} ± {report.generation_sd_tok_per_s:.1f} |"
+        )
+    lines += [
+        "",
+        f"Perplexity as llama-perplexity computes it, on {reference.tokens:,} tokens of {reference.text}; its error is "
+        "mostly the text's and shared by the files, so differences are taken window by window. Speeds are of the "
+        "machine that validated, with standard deviations over repetitions.",
+    ]
+    return "\n".join(lines)
+
+
+def _perplexity(report: ValidationReport) -> str:
+    if report.perplexity is None or report.perplexity_stderr is None:
+        return "not finite"
+    return f"{report.perplexity:.3f} ± {report.perplexity_stderr:.3f}"
+
+
+def _blocks(c: Comparison) -> str:
+    estimate = c.profile.estimate()
+    largest = max(float(np.abs(estimate.phi).max()), 1e-12)
+    losses = c.profile.losses
+    all_4, all_2 = (losses[(bits,) * c.profile.model.n_blocks] for bits in (4, 2))
+    lines = [
+        "## Blocks",
+        "",
+        f"Loss increase when a block drops from 4 to 2 bit: mean over {len(c.profile.orders)} permutations on "
+        f"{c.profile.settings.tokens:,} tokens, with standard error. Unquantised "
+        f"{np.mean(c.profile.reference_losses):.4f}, all at 4 bit {all_4:.4f}, all at 2 bit {all_2:.4f} nats/token.",
+        "",
+        "| block | bits | φ, nats/token | |",
+        "|---:|---:|---:|:---|",
+    ]
+    for block, bits in enumerate(c.allocation.block_bits):
+        phi, error = estimate.phi[block], estimate.phi_stderr[block]
+        bar = "█" * round(_BAR_WIDTH * max(0.0, phi) / largest)
+        lines.append(f"| {block} | {bits} | {phi:+.5f} ± {error:.5f} | {bar} |")
+    return "\n".join(lines)
+
+
+def _memory(c: Comparison) -> str:
+    lines = [
+        f"## Memory on {c.device.title}",
+        "",
+        f"At {c.allocation.context_tokens:,} tokens of context with a {c.allocation.kv_type} cache.",
+        "",
+        "| part | MiB |",
+        "|---|---:|",
+    ]
+    lines += [f"| {name} | {size / _MIB:,.1f} |" for name, size in c.plan.parts().items()]
+    return "\n".join(lines)
+
+
+def _checks(report: ValidationReport) -> str:
+    lines = ["## Checks", "", "| check | status | detail |", "|---|---|---|"]
+    lines += [f"| {check.name} | {check.status.replace('_', ' ')} | {check.detail} |" for check in report.checks]
+    return "\n".join(lines)
+
+
+def _backends(c: Comparison) -> str:
+    if c.backend_losses is None:
+        return ""
+    name = str(c.profile.settings.backend["name"])
+    lines = [
+        f"## {name} against the K-quants that ship",
+        "",
+        f"The profile was measured with {name}; the file holds K-quants. Calibration loss of the same blocks:",
+        "",
+        f"| blocks | {name}, nats/token | K-quants, nats/token |",
+        "|---|---:|---:|",
+    ]
+    for row, ours, shipped in zip(("this mix", "all at 4 bit", "all at 2 bit"), *c.backend_losses, strict=True):
+        lines.append(f"| {row} | {ours:.4f} | {shipped:.4f} |")
+    return "\n".join(lines)
+
+
+def _sample(report: ValidationReport) -> str:
+    text = (report.chat_text or report.generated_text)[:_SHOWN_TEXT].replace("```", "'''")
+    return f"## What it writes\n\n```text\n{text}\n```"
+
+
+def _provenance(c: Comparison, command: str) -> str:
+    settings = c.profile.settings
+    backend = ", ".join(f"{key} {value}" for key, value in settings.backend.items() if key != "name")
+    report = c.mix[1]
+    lines = [
+        "## How it was made",
+        "",
+        *([f"    {command}", ""] if command else []),
+        f"- model content `{c.allocation.model_sha256}`",
+        f"- sensitivity `{c.allocation.profile_sha256}`: {settings.backend['name']} ({backend}), "
+        f"{settings.permutations} permutations, seed {settings.seed}, {settings.device} {settings.dtype}, "
+        f"text `{settings.text_sha256[:16]}…`",
+        f"- allocation `{c.allocation.identity()}`: α = {c.allocation.alpha}, "
+        f"embedding and head {c.allocation.outer_type}",
+        f"- file `{c.mix[0].sha256}`",
+        f"- validated with llama-cpp-python {report.llama_cpp_python}: {report.system_info}",
+    ]
+    return "\n".join(lines)

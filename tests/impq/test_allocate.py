@@ -1,0 +1,124 @@
+import dataclasses
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from impq_edge.devices.memory import memory_plan, weight_budget_bytes
+from impq_edge.devices.profile import DeviceProfile, load_device
+from impq_edge.errors import AllocationError
+from impq_edge.impq.allocate import Request, allocate_blocks
+from impq_edge.impq.allocation import Allocation
+from impq_edge.model.recipe import data_bytes
+from impq_edge.model.spec import ModelSpec, read_model
+
+HEADER_BYTES = 300_000
+PHI = np.array([0.3, 0.1, 0.2])
+COVARIANCE = np.zeros((3, 3))
+
+
+@pytest.fixture(scope="module")
+def spec(checkpoints: dict[str, Path]) -> ModelSpec:
+    return read_model(checkpoints["llama"])
+
+
+def device_with(weights_bytes: int, spec: ModelSpec) -> DeviceProfile:
+    """A Raspberry Pi that does not repack and whose memory leaves exactly that much for the weights."""
+    pi = dataclasses.replace(load_device("raspberry-pi-5"), use_extra_bufts=False)
+    left = weight_budget_bytes(spec.hyperparameters, pi, context_tokens=512, kv_type="f16")
+    return dataclasses.replace(pi, memory_bytes=pi.memory_bytes - left + weights_bytes)
+
+
+def allocate(spec: ModelSpec, device: DeviceProfile, **request: object) -> Allocation:
+    wanted = Request(device=device, context_tokens=512, kv_type="f16", **request)  # type: ignore[arg-type]
+    made = allocate_blocks(spec, HEADER_BYTES, PHI, COVARIANCE, "0" * 64, wanted)
+    made.check(spec)
+    return made
+
+
+@pytest.fixture(scope="module")
+def sizes(spec: ModelSpec) -> tuple[int, int]:
+    """File bytes with every block at 2 and at 4 bit."""
+    roomy = load_device("laptop-16gb")
+    two = allocate(spec, roomy, average_bits=Fraction(2)).predicted_file_bytes
+    four = allocate(spec, roomy).predicted_file_bytes
+    assert four - two == 3 * sum(t.weights for t in spec.block_matrices(0)) * (144 - 84) // 256
+    return two, four
+
+
+def test_memory_decides_how_many_blocks_get_4_bit(spec: ModelSpec, sizes: tuple[int, int]) -> None:
+    two, four = sizes
+    step = (four - two) // 3
+    expected = {0: (2, 2, 2), 1: (4, 2, 2), 2: (4, 2, 4), 3: (4, 4, 4)}
+    for blocks, bits in expected.items():
+        for slack in (0, step - 1):
+            made = allocate(spec, device_with(two + blocks * step + slack, spec))
+            assert made.block_bits == bits, (blocks, slack)
+            assert made.everything_fits == (blocks == 3)
+            plan = memory_plan(spec, made.tensor_types, made.predicted_file_bytes,
+                               device_with(two + blocks * step + slack, spec), context_tokens=512, kv_type="f16")  # fmt: skip
+            assert 0 <= plan.free_bytes == slack
+            assert made.budget_bytes - made.predicted_file_bytes == slack
+
+
+def test_one_byte_too_few_says_the_smallest_that_works(spec: ModelSpec, sizes: tuple[int, int]) -> None:
+    with pytest.raises(AllocationError, match=f"takes {sizes[0]};"):
+        allocate(spec, device_with(sizes[0] - 1, spec))
+    with pytest.raises(AllocationError, match=f"--budget {sizes[0]}"):
+        allocate(spec, load_device("laptop-16gb"), file_budget_bytes=sizes[0] - 1)
+    assert allocate(spec, load_device("laptop-16gb"), file_budget_bytes=sizes[0]).block_bits == (2, 2, 2)
+
+
+@pytest.mark.parametrize(("bits", "expected"), [("3", 1), ("10/3", 2), ("3.33", 1), ("2", 0), ("4", 3)])
+def test_average_bits_are_an_exact_limit(spec: ModelSpec, bits: str, expected: int) -> None:
+    made = allocate(spec, load_device("laptop-16gb"), average_bits=Fraction(bits))
+    assert made.block_bits.count(4) == expected
+    assert made.average_bits <= float(Fraction(bits))
+
+
+def test_repacked_copies_count_against_memory(spec: ModelSpec, sizes: tuple[int, int]) -> None:
+    plain = device_with(sizes[1], spec)
+    assert allocate(spec, plain).everything_fits
+    # On this processor Q4_K and the tied Q6_K embedding are repacked, Q2_K is not.
+    repacking = dataclasses.replace(plain, use_extra_bufts=True, mmap=True)
+    # A 4-bit block then costs 144 + 144 instead of 84 bytes per 256 weights: one takes more than three plain ones.
+    embedding_bytes, block = 8192 * 210, sum(t.weights for t in spec.block_matrices(0)) // 256
+    one_more = (2 * 144 - 84) * block
+    spared = 3 * (144 - 84) * block
+    for missing, bits in ((0, (4, 2, 2)), (1, (2, 2, 2))):
+        memory = plain.memory_bytes + embedding_bytes - spared + one_more - missing
+        made = allocate(spec, dataclasses.replace(repacking, memory_bytes=memory))
+        assert made.block_bits == bits
+        assert made.problem.constraints[0].costs == (one_more,) * 3
+
+
+def test_every_limit_holds_at_once(spec: ModelSpec, sizes: tuple[int, int]) -> None:
+    step = (sizes[1] - sizes[0]) // 3
+    made = allocate(
+        spec, device_with(sizes[0] + 2 * step, spec), average_bits=Fraction(4), file_budget_bytes=sizes[0] + step
+    )
+    assert made.block_bits == (4, 2, 2) and made.budget_bytes == sizes[0] + step
+
+
+def test_record_survives_the_disk_and_notices_edits(spec: ModelSpec, tmp_path: Path) -> None:
+    made = allocate(spec, load_device("laptop-16gb"), average_bits=Fraction(3))
+    made.save(tmp_path / "a.json")
+    assert Allocation.load(tmp_path / "a.json") == made
+    assert made.predicted_file_bytes == HEADER_BYTES + data_bytes(spec, made.tensor_types)
+    for change in ({"block_bits": (4, 4, 4)}, {"predicted_file_bytes": 1}, {"objective": -1.0}, {"model_sha256": "f" * 64}):
+        with pytest.raises(AllocationError):
+            dataclasses.replace(made, **change).check(spec)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"average_bits": Fraction(5)}, "--average-bits 5"),
+        ({"average_bits": Fraction(1)}, "--average-bits 1"),
+        ({"alpha": 1.5}, "--alpha 1.5"),
+    ],
+)
+def test_settings_out_of_range(spec: ModelSpec, request_: dict[str, object], message: str) -> None:
+    with pytest.raises(AllocationError, match=message):
+        allocate(spec, load_device("laptop-16gb"), **request_)

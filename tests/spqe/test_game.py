@@ -1,0 +1,92 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from impq_edge.backends import NAMES, load_backend
+from impq_edge.errors import SensitivityError
+from impq_edge.model.load import load_model, read_tensor
+from impq_edge.model.spec import read_model
+from impq_edge.spqe.game import _TOKENS_PER_BATCH, Game
+from impq_edge.spqe.sampling import Coalition, evaluation_order, permutations
+
+CPU = torch.device("cpu")
+
+
+def windows(count: int = 5, length: int = 96) -> np.ndarray:
+    return np.random.default_rng(0).integers(10, 8000, size=(count, length))
+
+
+def game_of(directory: Path, tokens: np.ndarray, backend: str = "kquant") -> Game:
+    spec = read_model(directory)
+    game = Game(load_model(directory, spec, CPU, torch.float32), spec, tokens)
+    game.quantise_blocks(directory, load_backend(backend))
+    return game
+
+
+def library_losses(directory: Path, tokens: np.ndarray, coalition: Coalition | None, backend: str) -> np.ndarray:
+    """The same losses by transformers alone: weights replaced in the whole model, its own forward pass."""
+    spec = read_model(directory)
+    model = load_model(directory, spec, CPU, torch.float32)
+    for tensor in spec.tensors if coalition else ():
+        if tensor.role == "matrix" and tensor.block is not None:
+            weight = torch.from_numpy(read_tensor(directory, tensor))
+            stored = load_backend(backend).quantise(weight, coalition[tensor.block])
+            model.get_parameter(tensor.name).data.copy_(stored.weight)
+    ids = torch.from_numpy(tokens)
+    with torch.inference_mode():
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    return losses.mean(dim=1).double().numpy()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2"])
+def test_losses_are_those_of_the_whole_model(checkpoints: dict[str, Path], architecture: str) -> None:
+    """Windows of 96 tokens are longer than the random Gemma's sliding window of 64."""
+    directory, tokens = checkpoints[architecture], windows()
+    spec = read_model(directory)
+    game = Game(load_model(directory, spec, CPU, torch.float32), spec, tokens)
+    assert game.reference_losses() == pytest.approx(library_losses(directory, tokens, None, ""), abs=2e-5)
+    game.quantise_blocks(directory, load_backend("kquant"))
+    for coalition in [(4, 4, 4), (2, 4, 2), (2, 2, 2), (4, 2, 4)]:
+        expected = library_losses(directory, tokens, coalition, "kquant")
+        assert game.losses(coalition) == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize("backend", NAMES)
+def test_reuse_changes_no_bit_of_a_loss(checkpoints: dict[str, Path], backend: str) -> None:
+    directory, tokens = checkpoints["llama"], windows()
+    wanted = evaluation_order(permutations(3, 3, seed=0))
+    walked = game_of(directory, tokens, backend)
+    reused = {coalition: walked.losses(coalition) for coalition in wanted}
+    assert 0 < walked.recomputed_share < 0.9
+    fresh = game_of(directory, tokens, backend)
+    for coalition in wanted[::-1]:
+        fresh._last = fresh._base = None  # nothing to reuse
+        assert np.array_equal(fresh.losses(coalition), reused[coalition])
+    assert fresh.recomputed_share == 1
+
+
+def test_a_batch_of_other_size_changes_nothing_but_rounding(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, tokens = checkpoints["gemma2"], windows(count=5)
+    whole = game_of(directory, tokens).losses((2, 4, 2))
+    monkeypatch.setitem(_TOKENS_PER_BATCH, "cpu", 2 * 96)
+    pieces = game_of(directory, tokens).losses((2, 4, 2))  # batches of 2, 2 and 1 windows
+    assert pieces == pytest.approx(whole, abs=2e-5)
+
+
+def test_logits_in_pieces(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, tokens = checkpoints["gemma2"], windows(count=2)
+    whole = game_of(directory, tokens).losses((2, 2, 2))
+    monkeypatch.setattr("impq_edge.spqe.game._LOGITS_PER_CHUNK", 7 * 8192)
+    assert game_of(directory, tokens).losses((2, 2, 2)) == pytest.approx(whole, abs=1e-5)
+
+
+def test_a_loss_that_is_not_finite_is_refused(checkpoints: dict[str, Path]) -> None:
+    game = game_of(checkpoints["llama"], windows(count=1))
+    game._model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(SensitivityError, match="not finite"):
+        game.losses((4, 4, 4))

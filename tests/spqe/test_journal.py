@@ -1,0 +1,58 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from impq_edge.errors import SensitivityError
+from impq_edge.spqe.journal import Journal, from_text, to_text
+
+INPUTS = {"model": "abc", "tokens": 512, "backend": {"name": "hqq"}}
+
+
+def filled(path: Path) -> Journal:
+    journal = Journal(path, INPUTS)
+    journal.add((4, 4), np.array([1.0, 1 / 3]))
+    journal.add((2, 4), np.array([2.0, np.pi]))
+    return journal
+
+
+def test_everything_written_comes_back_exactly(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    before = filled(path).losses
+    after = Journal(path, INPUTS).losses
+    assert list(after) == list(before) and all(np.array_equal(after[c], before[c]) for c in before)
+
+
+def test_a_cut_at_any_byte_loses_at_most_what_was_cut(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    filled(whole)
+    data = whole.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(data) if byte == ord("\n")]
+    for cut in range(len(data)):
+        path = tmp_path / "cut"
+        path.write_bytes(data[:cut])
+        journal = Journal(path, INPUTS)
+        assert len(journal.losses) == max(0, sum(end <= cut for end in ends) - 1)
+        journal.add((2, 2), np.array([0.5]))
+        assert Journal(path, INPUTS).losses[(2, 2)] == np.array([0.5])
+        path.unlink()
+
+
+def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    filled(path)
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    assert list(Journal(path, INPUTS).losses) == [(4, 4)]
+
+
+@pytest.mark.parametrize("change", [{"model": "x"}, {"tokens": 1024}, {"backend": {"name": "kquant"}}])
+def test_other_inputs_are_refused_by_name(tmp_path: Path, change: dict[str, object]) -> None:
+    filled(tmp_path / "j")
+    with pytest.raises(SensitivityError, match=f"started with {next(iter(change))} = "):
+        Journal(tmp_path / "j", {**INPUTS, **change})
+
+
+def test_coalitions_as_text() -> None:
+    assert to_text((4, 2, 2)) == "422" and from_text("422") == (4, 2, 2)
