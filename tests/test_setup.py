@@ -133,6 +133,8 @@ def test_constraints_pin_every_dependency_within_its_bounds() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     groups = [project["dependencies"], *project["optional-dependencies"].values()]
     for requirement in map(Requirement, (line for group in groups for line in group)):
+        if requirement.name == project["name"]:  # an extra made of other extras
+            continue
         version = pins()[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), f"{requirement} excludes {version}"
 

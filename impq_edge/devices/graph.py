@@ -1,7 +1,7 @@
 """The size of llama.cpp's compute buffer: the graph of a dense decoder, replayed through ggml's allocator.
 
-A sum of the largest phase is up to a quarter too small, because best-fit placement leaves holes; so the
-tensors of the graph are placed one after another as ggml places them. Sources (llama.cpp as vendored in
+Best-fit placement leaves holes, which a sum over what is alive at once would miss; so the tensors of the
+graph are placed one after another as ggml places them, and the result is exact. Sources (llama.cpp as vendored in
 llama-cpp-python 0.3.36): the graphs in ``src/models/{llama,qwen3,gemma2}.cpp``, ``build_attn*`` and
 ``build_ffn`` in ``src/llama-graph.cpp``, the placement in ``ggml/src/ggml-alloc.c``, and the batch for which
 ``llama_context::sched_reserve`` (``src/llama-context.cpp``) reserves it.
@@ -143,11 +143,12 @@ def _aligned(size_bytes: int) -> int:
 class _CacheInputs:
     """The graph inputs by which the blocks of one kind reach their cache."""
 
-    mask: _Tensor
+    k_rotation: _Tensor | None
+    positions: _Tensor
+    v_rotation: _Tensor | None
     k_cells: _Tensor
     v_cells: _Tensor
-    k_rotation: _Tensor | None
-    v_rotation: _Tensor | None
+    mask: _Tensor
     cells: int
 
 
@@ -156,31 +157,33 @@ def _decoder(hyper: HyperParameters, shape: GraphShape) -> _Graph:
     rows = shape.batch
     tokens = graph.input(rows * _I32_BYTES)
     graph.input(rows * hyper.hidden * _F32_BYTES)  # embeddings given as vectors: reserved, never used here
-    positions = graph.input(rows * _I32_BYTES)
-    whole = _cache_inputs(graph, hyper, shape, shape.cells)
-    window = _cache_inputs(graph, hyper, shape, shape.window_cells) if hyper.sliding_window else whole
+    # Inputs lie in the order in which the graph first asks for them, and the first block is a sliding one.
+    window = _cache_inputs(graph, hyper, shape, shape.window_cells) if hyper.sliding_window else None
+    whole = _cache_inputs(graph, hyper, shape, shape.cells, window.positions if window else None)
     wanted = graph.input(shape.outputs * _I32_BYTES)
 
     stream = graph.op(rows * hyper.hidden * _F32_BYTES, tokens)
     if hyper.architecture == "gemma2":
         stream = graph.op(stream.size_bytes, stream, in_place=True)
     for block in range(hyper.n_blocks):
-        cache = window if hyper.block_window(block) else whole
-        attended = _attention(graph, hyper, shape, stream, positions, cache)
-        if block == hyper.n_blocks - 1:
+        cache = window if window and hyper.block_window(block) else whole
+        attended = _attention(graph, hyper, shape, stream, cache)
+        last = block == hyper.n_blocks - 1
+        if last:
             rows = shape.outputs
             attended = graph.op(rows * hyper.hidden * _F32_BYTES, attended, wanted)
-            if hyper.architecture == "gemma2":
-                attended = _norm(graph, attended)
-            stream = graph.op(rows * hyper.hidden * _F32_BYTES, stream, wanted)
-        elif hyper.architecture == "gemma2":
+        if hyper.architecture == "gemma2":
             attended = _norm(graph, attended)
+        if last:
+            stream = graph.op(rows * hyper.hidden * _F32_BYTES, stream, wanted)
         stream = _feed_forward(graph, hyper, rows, graph.op(stream.size_bytes, attended, stream, in_place=True))
     _head(graph, hyper, rows, stream)
     return graph
 
 
-def _cache_inputs(graph: _Graph, hyper: HyperParameters, shape: GraphShape, cells: int) -> _CacheInputs:
+def _cache_inputs(
+    graph: _Graph, hyper: HyperParameters, shape: GraphShape, cells: int, positions: _Tensor | None = None
+) -> _CacheInputs:
     rotated = shape.quantised_cache and hyper.head_dim % _ROTATION_UNIT == 0
     k_rotation = _ROTATION_UNIT
     while rotated and hyper.head_dim % (2 * k_rotation) == 0:
@@ -188,11 +191,12 @@ def _cache_inputs(graph: _Graph, hyper: HyperParameters, shape: GraphShape, cell
     # Without flash attention V is stored transposed, one index per element, and the mask is F32.
     v_indices = 1 if shape.flash_attention else hyper.n_kv_heads * hyper.head_dim
     return _CacheInputs(
-        mask=graph.input(cells * shape.batch * (2 if shape.flash_attention else _F32_BYTES)),
+        k_rotation=graph.input(k_rotation**2 * _F32_BYTES) if rotated else None,
+        positions=positions or graph.input(shape.batch * _I32_BYTES),
+        v_rotation=graph.input(_ROTATION_UNIT**2 * _F32_BYTES) if rotated else None,
         k_cells=graph.input(shape.batch * _I64_BYTES),
         v_cells=graph.input(shape.batch * v_indices * _I64_BYTES),
-        k_rotation=graph.input(k_rotation**2 * _F32_BYTES) if rotated else None,
-        v_rotation=graph.input(_ROTATION_UNIT**2 * _F32_BYTES) if rotated else None,
+        mask=graph.input(cells * shape.batch * (2 if shape.flash_attention else _F32_BYTES)),
         cells=cells,
     )
 
@@ -203,7 +207,7 @@ def _norm(graph: _Graph, tensor: _Tensor) -> _Tensor:
 
 
 def _attention(
-    graph: _Graph, hyper: HyperParameters, shape: GraphShape, stream: _Tensor, positions: _Tensor, cache: _CacheInputs
+    graph: _Graph, hyper: HyperParameters, shape: GraphShape, stream: _Tensor, cache: _CacheInputs
 ) -> _Tensor:
     q_bytes = shape.batch * hyper.n_heads * hyper.head_dim * _F32_BYTES
     kv_bytes = shape.batch * hyper.n_kv_heads * hyper.head_dim * _F32_BYTES
@@ -217,9 +221,9 @@ def _attention(
             # What follows the split into heads reads through a view, and ggml reuses no memory through one.
             if hyper.architecture == "qwen3":
                 normed_heads = graph.op(size_bytes, graph.op(size_bytes, tensor), in_place=True)
-                tensor = graph.op(size_bytes, normed_heads, positions, in_place=True)
+                tensor = graph.op(size_bytes, normed_heads, cache.positions, in_place=True)
             else:
-                tensor = graph.op(size_bytes, tensor, positions)
+                tensor = graph.op(size_bytes, tensor, cache.positions)
         return graph.op(size_bytes, rotation, tensor) if rotation else tensor
 
     q = projected(q_bytes, True, cache.k_rotation)
@@ -233,17 +237,20 @@ def _attention(
     graph.store(k, cache.k_cells)
     graph.store(v, cache.v_cells)
 
-    if shape.flash_attention:
-        mixed = graph.op(q_bytes, q, cache.mask)
-    else:
-        scores_bytes = shape.batch * hyper.n_heads * cache.cells * _F32_BYTES
-        scores = graph.op(scores_bytes, q)
-        scores = graph.op(scores_bytes, scores, cache.mask, in_place=True)
-        mixed = graph.op(q_bytes, graph.op(q_bytes, scores))  # weighted values, then made contiguous
+    mixed = _mixed_values(graph, hyper, shape, q, cache)
     if cache.v_rotation:
         mixed = graph.op(q_bytes, cache.v_rotation, mixed)
     out = graph.op(shape.batch * hyper.hidden * _F32_BYTES, mixed)
     return graph.op(out.size_bytes, out, in_place=True) if hyper.attention_bias else out
+
+
+def _mixed_values(graph: _Graph, hyper: HyperParameters, shape: GraphShape, q: _Tensor, cache: _CacheInputs) -> _Tensor:
+    if shape.flash_attention:
+        return graph.op(q.size_bytes, q, cache.mask)
+    scores_bytes = shape.batch * hyper.n_heads * cache.cells * _F32_BYTES
+    scores = graph.op(scores_bytes, q)
+    scores = graph.op(scores_bytes, scores, cache.mask, in_place=True)
+    return graph.op(q.size_bytes, graph.op(q.size_bytes, scores))  # weighted values, then made contiguous
 
 
 def _feed_forward(graph: _Graph, hyper: HyperParameters, rows: int, stream: _Tensor) -> _Tensor:

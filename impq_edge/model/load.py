@@ -60,21 +60,20 @@ def load_model(directory: Path, spec: ModelSpec, device: "torch.device", dtype: 
 
     Neither code nor pickles from the checkpoint are ever run.
     """
-    with _quiet():
-        import transformers
-        from transformers import AutoModelForCausalLM
+    import transformers
 
     # Scaled dot-product attention has no soft cap, so transformers itself asks for eager on Gemma-2.
     attention = "eager" if spec.hyperparameters.attention_softcap else "sdpa"
     major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
     dtype_argument = "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        directory,
-        trust_remote_code=False,
-        use_safetensors=True,
-        local_files_only=True,
-        attn_implementation=attention,
-        **{dtype_argument: dtype},
-    )
+    with _quiet():
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            directory,
+            trust_remote_code=False,
+            use_safetensors=True,
+            local_files_only=True,
+            attn_implementation=attention,
+            **{dtype_argument: dtype},
+        )
     return model.to(device).eval().requires_grad_(False)

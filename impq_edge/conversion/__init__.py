@@ -1,0 +1,1 @@
+"""A checkpoint and the types of its tensors in, one GGUF file out."""

@@ -1,0 +1,1 @@
+"""A finished GGUF on trial: its header, perplexity, speed, memory and manners, measured in child processes."""

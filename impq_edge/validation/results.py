@@ -1,0 +1,68 @@
+"""What the child process measures: plain values that travel as JSON. Imports nothing heavy, on either side."""
+
+import dataclasses
+from typing import Any, Self
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """The perplexity of a file on a text."""
+
+    perplexity: float | None  # None: a window's loss is not finite
+    stderr: float | None  # one standard error of the perplexity, tokens taken as independent
+    scored_tokens: int
+    window_nlls: tuple[float, ...]  # mean NLL of each window in nats per token, up to the first that is not finite
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Rebuild it on the other side."""
+        return cls(**{**data, "window_nlls": tuple(data["window_nlls"])})
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Tokens per second over some repetitions."""
+
+    tokens: int  # per repetition
+    mean_tok_per_s: float
+    sd_tok_per_s: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatTrial:
+    """One answer through the chat template."""
+
+    text: str | None  # the answer; None: nothing was asked
+    stopped: bool | None  # whether the model ended it by itself; None: nothing could be asked
+    tokens: int  # of the answer
+    reason: str  # why nothing was asked, or what the template raised; empty otherwise
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A file run as the device would run it."""
+
+    load_s: float
+    prompt: Speed
+    generation: Speed
+    continuation: str
+    chat: ChatTrial
+    filled_tokens: int  # held by the context when the memory was read
+    process_bytes: int  # of the process before it loaded the model
+    peak_rss_bytes: int
+    anonymous_bytes: int | None  # at the end; None: unknown on this system
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Rebuild it on the other side."""
+        parts = {"prompt": Speed(**data["prompt"]), "generation": Speed(**data["generation"])}
+        return cls(**{**data, **parts, "chat": ChatTrial(**data["chat"])})
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """Which llama.cpp this is."""
+
+    llama_cpp: str
+    llama_cpp_python: str
+    system_info: str  # features and instruction sets, in its own words

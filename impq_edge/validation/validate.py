@@ -1,0 +1,232 @@
+"""The stage: a GGUF on this machine, as a device would run it → a :class:`ValidationReport`."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import get_args
+
+from impq_edge.data import data_path
+from impq_edge.devices.profile import DeviceProfile, is_this_machine
+from impq_edge.errors import ValidationError
+from impq_edge.records import read_text, sha256_file
+from impq_edge.validation.checks import check_all
+from impq_edge.validation.file import FileFacts, read_facts
+from impq_edge.validation.process import Progress, run_child
+from impq_edge.validation.report import Check, ValidationReport
+from impq_edge.validation.results import Build, Run, Score
+from impq_edge.validation.settings import KvType, RunSettings
+
+DEFAULT_WINDOWS = 24
+DEFAULT_CONTEXT_TOKENS = 2048  # without a device; less where the model was trained for less
+MIN_CONTEXT_TOKENS = 64  # room for a prompt and an answer
+CHAT_TOKENS = 128  # one short sentence ends well before
+
+# Perplexity is compared between files, devices and tools, so it is always measured as llama-perplexity does
+# by default (F16 cache, flash attention), only in smaller batches, which bound its memory. Of the device's
+# settings only use_extra_bufts reaches it: kernels for repacked weights round differently (about 0.1 %).
+_SCORE_CONTEXT_TOKENS, _SCORE_BATCH_TOKENS, _SCORE_OUTPUTS_TOKENS = 512, 256, 64
+
+
+def validate(
+    path: Path,
+    *,
+    device: DeviceProfile | None = None,
+    text: Path | None = None,
+    windows: int = DEFAULT_WINDOWS,
+    threads: int | None = None,
+    context_tokens: int | None = None,
+    kv_type: KvType | None = None,
+    use_extra_bufts: bool | None = None,
+    generated_tokens: int = 64,
+    repetitions: int = 3,
+    fill_s: float = 300.0,
+    timeout_s: float = 3600.0,
+    progress: Progress = lambda _stage, _done, _total: None,
+) -> ValidationReport:
+    """Measure a finished GGUF: perplexity, speed, peak memory, text; and check it against a device.
+
+    Parameters
+    ----------
+    path
+        The GGUF.
+    device
+        Whose settings to run with and whose limits to check; None: llama.cpp's defaults, no limits.
+    text
+        Evaluation text, UTF-8; the one that ships by default.
+    windows
+        Windows of 512 tokens to score, as many as the text has at most.
+    threads, context_tokens, kv_type, use_extra_bufts
+        Instead of the device's own.
+    generated_tokens, repetitions
+        Length of a timed generation, and how often speeds are timed after a warm-up.
+    fill_s
+        How long the context may be filled for the memory check, in seconds.
+    timeout_s
+        How long each of the two child processes may take, in seconds.
+    progress
+        Called with the stage, what is done and what there is.
+
+    Raises
+    ------
+    ValidationError
+        When the file is no sound GGUF, llama.cpp refuses it or dies of it, the text is too short, or an
+        option is out of range.
+    RecordError
+        When the text cannot be read.
+    """
+    _check_counts(windows=windows, generated_tokens=generated_tokens, repetitions=repetitions, threads=threads)
+    facts = read_facts(path)
+    here = device is not None and is_this_machine(device)
+    settings = _settings(facts, device, here, threads, context_tokens, kv_type, use_extra_bufts)
+    evaluation = text or data_path("demo", "evaluation.txt")
+    content = read_text(evaluation)
+    file_sha256 = _hash(path, facts.file_bytes, progress)
+
+    build = Build(**run_child({"kind": "describe"}, timeout_s=timeout_s))
+    run_job = {
+        "kind": "run",
+        "file": str(path),
+        "settings": dataclasses.asdict(settings),
+        "generated_tokens": generated_tokens,
+        "repetitions": repetitions,
+        "chat_tokens": CHAT_TOKENS,
+        "fill_s": fill_s,
+    }
+    run = Run.from_json(run_child(run_job, timeout_s=timeout_s, progress=progress))
+    score_job = {
+        "kind": "score",
+        "file": str(path),
+        "settings": dataclasses.asdict(_score_settings(settings)),
+        "text": content,
+        "windows": windows,
+    }
+    score = Score.from_json(run_child(score_job, timeout_s=timeout_s, progress=progress))
+    checks = check_all(run, score, facts.file_bytes, settings.context_tokens, device, here)
+    return _report(path, file_sha256, facts, evaluation, device, settings, build, run, score, checks)
+
+
+def _report(
+    path: Path,
+    file_sha256: str,
+    facts: FileFacts,
+    text: Path,
+    device: DeviceProfile | None,
+    settings: RunSettings,
+    build: Build,
+    run: Run,
+    score: Score,
+    checks: tuple[Check, ...],
+) -> ValidationReport:
+    return ValidationReport(
+        file=path.name,
+        sha256=file_sha256,
+        file_bytes=facts.file_bytes,
+        architecture=facts.architecture,
+        weights=facts.weights,
+        bits_per_weight=facts.bits_per_weight,
+        device=device.name if device else None,
+        settings=settings,
+        text=text.name,
+        text_sha256=sha256_file(text),
+        perplexity=score.perplexity,
+        perplexity_stderr=score.stderr,
+        tokens=score.scored_tokens,
+        window_nlls=score.window_nlls,
+        load_s=run.load_s,
+        prompt_tokens=run.prompt.tokens,
+        prompt_tok_per_s=run.prompt.mean_tok_per_s,
+        prompt_sd_tok_per_s=run.prompt.sd_tok_per_s,
+        generation_tokens=run.generation.tokens,
+        generation_tok_per_s=run.generation.mean_tok_per_s,
+        generation_sd_tok_per_s=run.generation.sd_tok_per_s,
+        peak_rss_bytes=run.peak_rss_bytes,
+        anonymous_bytes=run.anonymous_bytes,
+        process_bytes=run.process_bytes,
+        filled_tokens=run.filled_tokens,
+        generated_text=run.continuation,
+        chat_text=run.chat.text,
+        llama_cpp=build.llama_cpp,
+        llama_cpp_python=build.llama_cpp_python,
+        system_info=build.system_info,
+        checks=checks,
+        passed=all(check.status != "failed" for check in checks),
+    )
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValidationError(f"{name} is {value}; ask for 1 or more.")
+
+
+def _settings(
+    facts: FileFacts,
+    device: DeviceProfile | None,
+    here: bool,
+    threads: int | None,
+    context_tokens: int | None,
+    kv_type: KvType | None,
+    use_extra_bufts: bool | None,
+) -> RunSettings:
+    base = RunSettings(_default_context(facts), available_threads()) if device is None else _of_device(device, here)
+    if kv_type is not None and kv_type not in get_args(KvType):
+        raise ValidationError(f"Cache type {kv_type!r} is unknown; choose one of {', '.join(get_args(KvType))}.")
+    settings = dataclasses.replace(
+        base,
+        threads=threads or base.threads,
+        context_tokens=base.context_tokens if context_tokens is None else context_tokens,
+        kv_type=kv_type or base.kv_type,
+        use_extra_bufts=base.use_extra_bufts if use_extra_bufts is None else use_extra_bufts,
+    )
+    if settings.context_tokens < MIN_CONTEXT_TOKENS:
+        raise ValidationError(
+            f"A context of {settings.context_tokens} tokens holds no answer; ask for {MIN_CONTEXT_TOKENS} or more."
+        )
+    return settings
+
+
+def _of_device(device: DeviceProfile, here: bool) -> RunSettings:
+    return RunSettings(
+        context_tokens=device.context_tokens,
+        threads=device.threads if here else available_threads(),
+        batch_tokens=device.batch_tokens,
+        ubatch_tokens=device.ubatch_tokens,
+        kv_type=device.kv_type,
+        flash_attention=device.flash_attention,
+        use_extra_bufts=device.use_extra_bufts,
+        mmap=device.mmap,
+    )
+
+
+def _default_context(facts: FileFacts) -> int:
+    return min(DEFAULT_CONTEXT_TOKENS, facts.trained_context_tokens or DEFAULT_CONTEXT_TOKENS)
+
+
+def _score_settings(run: RunSettings) -> RunSettings:
+    return dataclasses.replace(
+        run,
+        context_tokens=_SCORE_CONTEXT_TOKENS,
+        batch_tokens=_SCORE_BATCH_TOKENS,
+        ubatch_tokens=_SCORE_BATCH_TOKENS,
+        outputs_tokens=_SCORE_OUTPUTS_TOKENS,
+        kv_type="f16",
+        flash_attention=True,
+    )
+
+
+def available_threads() -> int:
+    """Return how many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _hash(path: Path, size_bytes: int, progress: Progress) -> str:
+    done = 0
+
+    def advance(read_bytes: int) -> None:
+        nonlocal done
+        done += read_bytes
+        progress("hash", done, size_bytes)
+
+    return sha256_file(path, advance)
