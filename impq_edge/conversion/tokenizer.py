@@ -10,11 +10,12 @@ Differences that remain whatever a GGUF says:
 
 - llama.cpp applies no Unicode normalisation: where ``tokenizer.json`` has NFC (Qwen), text that is not NFC gets
   other ids.
-- The byte-level pre-tokenizers split the 4,382 letters and digits of Unicode 16 that llama.cpp does not know yet
-  otherwise, and U+017F after an apostrophe; every other code point agrees.
+- Text is split differently at letters and digits that Unicode gained after version 15.1 (4,382 code points, 4,395
+  with "smollm") and at U+017F after an apostrophe; every other code point agrees.
 - A U+2581 in the text is a space to llama.cpp, so that one beside a space can join it (SentencePiece-like models).
-- llama.cpp makes control tokens of tokens of certain names (``<end_of_turn>``, ``<|fim_prefix|>``) whatever their
-  type, and with ``parse_special=False`` reads them as plain text.
+- llama.cpp makes control tokens of tokens of certain names, whatever their type: ``<end_of_turn>`` is text with
+  ``parse_special=False``; ``</s>``, a word of Qwen's vocabulary, is found in text with ``parse_special=True`` and
+  ends a generation.
 """
 
 import dataclasses
@@ -135,7 +136,7 @@ def read_tokenizer(directory: Path, vocabulary: int, architecture: Architecture)
     pre, space_prefix = _sentencepiece(file, path) if sentencepiece else _byte_level(file, merges, path)
     _check_added_tokens(list(added.values()), space_prefix, path)
     if model.ignore_merges != (pre in _IGNORE_MERGES):
-        _check_merges_make_every_word(model, merges, pre, path)
+        _check_merges_make_words(model, merges, [text for i, text in texts.items() if i not in added], path)
     ids = _special_ids(directory, settings, before, texts, vocabulary, architecture)
     if before not in ([], [ids.get("bos")]) or after not in ([], [ids["eos"]]):
         raise refusal(path, f"its post_processor adds {before} before and {after} after a text, and the bos and eos "
@@ -165,15 +166,18 @@ def _check_added_tokens(added: Sequence[AddedToken], space_prefix: bool, path: P
             raise refusal(path, f"its added token {token.content!r} sets single_word, lstrip or rstrip")
         if token.normalized and space_prefix:  # transformers then looks for the token with a space before it
             raise refusal(path, f"its added token {token.content!r} is normalized, which puts a space before it")
-    # Where one token can begin within another, llama.cpp finds the longer of them and transformers the first.
-    # Runs of one character are cut alike; sorted to the front, they give way to other texts of the same beginning.
-    texts = sorted((token.content for token in added), key=lambda text: len(set(text)) > 1)
-    starts = {text[:cut]: text for text in texts for cut in range(1, len(text))}
+    # Where one token can begin within another, llama.cpp finds the longer of them and transformers the first;
+    # runs of one character are cut alike.
+    texts = [token.content for token in added]
+    starts: dict[str, set[str]] = {}
     for text in texts:
         for cut in range(1, len(text)):
-            other = starts.get(text[cut:])
-            if other is not None and set(text + other) != {text[0]}:
-                raise refusal(path, f"its added tokens {text!r} and {other!r} can overlap")
+            starts.setdefault(text[:cut], set()).add(text)
+    for text in texts:
+        for cut in range(1, len(text)):
+            for other in starts.get(text[cut:], set()) - {text}:
+                if set(text + other) != {text[0]}:
+                    raise refusal(path, f"its added tokens {text!r} and {other!r} can overlap")
 
 
 def _texts(model: BpeModel, added: Mapping[int, AddedToken], vocabulary: int, path: Path) -> dict[int, str]:
@@ -263,17 +267,16 @@ def _sentencepiece(file: TokenizerFile, path: Path) -> tuple[str, bool]:
     return "default", prefix
 
 
-def _check_merges_make_every_word(model: BpeModel, merges: Sequence[Merge], pre: str, path: Path) -> None:
+def _check_merges_make_words(model: BpeModel, merges: Sequence[Merge], words: Sequence[str], path: Path) -> None:
     """Refuse a vocabulary for which it matters whether a word that is a token is taken whole."""
     from tokenizers.models import BPE
 
     bpe = BPE(vocab=model.vocab, merges=list(merges))
-    for word in model.vocab:
+    for word in words:
         if len(bpe.tokenize(word)) != 1:
+            file, other = ("true", "false") if model.ignore_merges else ("false", "true")
             raise refusal(
-                path,
-                f"ignore_merges is {str(model.ignore_merges).lower()}, llama.cpp's {pre} does the opposite, "
-                f"and the merges do not make the token {word!r}",
+                path, f"it sets ignore_merges to {file}, llama.cpp takes it for {other}, and no merges make {word!r}"
             )
 
 

@@ -30,8 +30,8 @@ def test_cuda_agrees_with_the_cpu(checkpoints: dict[str, Path], architecture: st
     gpu = game_on("cuda", torch.bfloat16, directory, backend)
     cpu = game_on("cpu", torch.float32, directory, backend)
     for coalition in evaluation_order(permutations(3, 2, seed=0)):
-        # Random models have losses near 9 nats; bfloat16 keeps 8 bits of each activation.
-        assert gpu.losses(coalition) == pytest.approx(cpu.losses(coalition), abs=0.05)
+        # Losses near 10 nats; bfloat16 keeps 8 bits of each activation, and HQQ optimises in float16 on CUDA.
+        assert gpu.losses(coalition) == pytest.approx(cpu.losses(coalition), abs=0.1)
 
 
 @pytest.mark.parametrize("backend", NAMES)

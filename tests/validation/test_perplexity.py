@@ -10,7 +10,7 @@ from impq_edge.validation.llama import Engine
 from impq_edge.validation.perplexity import measure_perplexity, nll, window_losses
 from impq_edge.validation.settings import RunSettings
 
-SETTINGS = RunSettings(context_tokens=512, threads=2, batch_tokens=512, ubatch_tokens=512, outputs_tokens=512)
+SETTINGS = RunSettings(context_tokens=512, threads=1, batch_tokens=512, ubatch_tokens=512, outputs_tokens=512)
 
 
 @pytest.fixture(scope="module")
