@@ -24,6 +24,7 @@ from impq_edge.errors import (
 
 if TYPE_CHECKING:
     from impq_edge.devices.profile import DeviceProfile
+    from impq_edge.validation.doctor import DoctorReport
     from impq_edge.validation.report import ValidationReport
 
 _EPILOG = "Exit codes: 0 done, 1 a check failed, 2 bad options, 3 bad input, 130 interrupted."
@@ -225,10 +226,7 @@ def validate(
     if as_json:
         console.show_json(report.to_json())
     else:
-        rows = [[check.name, check.status.replace("_", " "), check.detail] for check in report.checks]
-        console.show_table(
-            f"{report.file}: {'passed' if report.passed else 'failed'}", ["check", "status", "detail"], rows
-        )
+        _show_validation(report)
     if not report.passed:
         raise typer.Exit(EXIT_CHECK_FAILED)
 
@@ -300,8 +298,10 @@ def doctor(
     report = examine(file)
     if as_json:
         console.show_json(report.to_json())
-        return
-    console.show_json(report.to_json())
+    else:
+        _show_examination(report)
+    if report.problems:
+        raise typer.Exit(EXIT_CHECK_FAILED)
 
 
 def main() -> None:
@@ -314,6 +314,31 @@ def main() -> None:
     except KeyboardInterrupt:
         console.say("Interrupted; finished work is kept, run the same command again to go on.")
         sys.exit(EXIT_INTERRUPTED)
+
+
+def _show_validation(report: "ValidationReport") -> None:
+    error = "" if report.perplexity_stderr is None else f" ± {report.perplexity_stderr:.3f}"
+    measures = [
+        ["perplexity", f"{_perplexity(report)}{error} on {report.tokens:,} tokens of {report.text}"],
+        ["prompt", f"{report.prompt_tok_per_s:.1f} ± {report.prompt_sd_tok_per_s:.1f} tokens/s"],
+        ["generation", f"{report.generation_tok_per_s:.1f} ± {report.generation_sd_tok_per_s:.1f} tokens/s"],
+        ["peak memory", f"{_mib(report.peak_rss_bytes)} MiB at {report.settings.context_tokens:,} tokens of context"],
+        ["file", f"{report.file_bytes:,} bytes, {report.bits_per_weight:.2f} bits/weight"],
+    ]
+    console.show_table(report.file, ["measure", "value"], measures)
+    checks = [[check.name, check.status.replace("_", " "), check.detail] for check in report.checks]
+    console.show_table("passed" if report.passed else "failed", ["check", "status", "detail"], checks)
+
+
+def _show_examination(report: "DoctorReport") -> None:
+    console.show_line(f"Python {report.python} on {report.machine}, {report.threads} threads")
+    console.show_line(f"llama.cpp: {report.build.system_info if report.build else 'cannot be loaded'}")
+    packages = [[p.name, p.extra or "base", p.version or "not installed"] for p in report.packages]
+    console.show_table("Packages", ["package", "extra", "version"], packages)
+    probes = [["yes" if p.use_extra_bufts else "no", p.status.replace("_", " "), p.detail] for p in report.probes]
+    console.show_table("Running a model", ["repacked weights", "status", "detail"], probes)
+    for problem in report.problems:
+        console.fail(problem)
 
 
 def _perplexity(report: "ValidationReport") -> str:

@@ -151,7 +151,7 @@ def _is_running(pid: int) -> bool:
 
 
 def _write_error(path: Path, error: OSError) -> ImpqError:
-    if error.errno == errno.ENOSPC:
+    if error.errno in {errno.ENOSPC, errno.EDQUOT, None}:  # numpy's tofile raises a short write without a number
         return RecordError(f"The disk that holds {path} is full; free some space and run the same command again.")
     return RecordError(f"{path} cannot be written: {error.strerror or error}; choose another output path.")
 

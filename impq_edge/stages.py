@@ -16,7 +16,7 @@ from impq_edge.impq.allocate import Request, allocate_blocks
 from impq_edge.impq.allocation import BLOCK_TYPES, Allocation
 from impq_edge.model.calibration import Windows, read_windows
 from impq_edge.model.recipe import TensorTypes, data_bytes, fallbacks, require_no_fallback, tensor_types
-from impq_edge.model.source import DEMO, checkpoint
+from impq_edge.model.source import DEMO, Source, fetch, find
 from impq_edge.model.spec import ModelSpec, read_model
 from impq_edge.records import sha256_file
 from impq_edge.spqe.profile import SensitivityProfile
@@ -24,6 +24,8 @@ from impq_edge.spqe.run import estimate_sensitivity, game_settings
 
 Progress = Callable[[str, int, int], None]
 """Told the name of a phase, what is done and what there is in all; the unit is the phase's own."""
+
+_MIB = 2**20
 
 DEFAULT_PERMUTATIONS = 8  # a CPU's worth for the demo; the paper's setting is 100
 DEFAULT_TOKENS = 4096
@@ -33,7 +35,7 @@ FILE_TYPES = (TensorType.F32, TensorType.F16, TensorType.Q8_0, TensorType.Q4_K, 
 
 
 def profile(
-    model: str = DEMO,
+    model: str | Source = DEMO,
     *,
     out: Path,
     backend: str = "kquant",
@@ -52,7 +54,7 @@ def profile(
     Parameters
     ----------
     model
-        ``"demo"``, a checkpoint directory, or a hub id.
+        ``"demo"``, a checkpoint directory, a hub id, or what :func:`impq_edge.model.source.find` found.
     out
         Where the profile is saved. Losses are kept in ``<out>.journal`` until it is whole; a killed run
         goes on from there, and a finished one with the same inputs is not redone.
@@ -72,13 +74,12 @@ def profile(
     ImpqError
         One sentence for whatever cannot be used; see the subclasses in :mod:`impq_edge.errors`.
     """
-    directory = checkpoint(model, revision)
-    spec = read_model(directory, _model_name(model, directory))
+    directory, spec = open_model(model, revision, progress)
     require_rows(spec, allow_fallback)
     windows = calibration_windows(directory, calibration, tokens, window_tokens)
     chosen = load_backend(backend)
     settings = game_settings(
-        backend, chosen, windows, n_permutations=permutations, seed=seed, device=compute or _best_compute()
+        backend, chosen, windows, n_permutations=permutations, seed=seed, device=compute or best_compute()
     )
     if out.exists():
         found = SensitivityProfile.load(out)
@@ -149,7 +150,7 @@ def allocate(
 
 
 def convert(
-    model: str = DEMO,
+    model: str | Source = DEMO,
     *,
     out: Path,
     allocation: Allocation | Path | None = None,
@@ -174,8 +175,7 @@ def convert(
     """
     if (allocation is None) == (type is None):
         raise ConversionError("Give either --allocation FILE or --type TYPE: what to store the blocks in.")
-    directory = checkpoint(model, revision)
-    spec = read_model(directory, _model_name(model, directory))
+    directory, spec = open_model(model, revision, progress)
     if allocation is not None:
         found = Allocation.load(allocation) if isinstance(allocation, Path) else allocation
         found.check(spec)
@@ -194,13 +194,7 @@ def convert(
         allocation_sha256, recipe = None, {"type": str(kind)}
     tokenizer = _tokenizer(directory, spec)
     predicted = file_bytes(spec, tokenizer, types)
-    total, done = data_bytes(spec, types), 0
-
-    def advance(written: int) -> None:
-        nonlocal done
-        done += written
-        progress("writing", min(done, total), total)
-
+    advance = _mebibytes("writing, MiB", data_bytes(spec, types), progress)
     written = write_gguf(
         directory, spec, tokenizer, types, out,
         recipe={**recipe, "model_sha256": spec.content_sha256}, threads=threads, progress=advance,
@@ -217,6 +211,19 @@ def convert(
     )
     artifact.save(record_path(out))
     return artifact
+
+
+def open_model(
+    model: str | Source, revision: str | None = None, progress: Progress = lambda *_: None
+) -> tuple[Path, ModelSpec]:
+    """Find a checkpoint, download what is missing of it, and read its record."""
+    source = find(model, revision) if isinstance(model, str) else model
+    directory = fetch(source, _mebibytes("downloading, MiB", source.download_bytes, progress))
+
+    def hashed(done: int, total: int) -> None:
+        progress("hashing the checkpoint, MiB", done // _MIB, total // _MIB)
+
+    return directory, read_model(directory, source.name, hashed)
 
 
 def record_path(gguf: Path) -> Path:
@@ -263,11 +270,20 @@ def _tokenizer(directory: Path, spec: ModelSpec) -> Tokenizer:
     return read_tokenizer(directory, spec.hyperparameters.vocabulary, spec.hyperparameters.architecture)
 
 
-def _model_name(model: str, directory: Path) -> str:
-    return model.rsplit("/", maxsplit=1)[-1] if "/" in model and not Path(model).exists() else directory.resolve().name
+def _mebibytes(phase: str, total_bytes: int, progress: Progress) -> Callable[[int], None]:
+    """Turn steps in bytes into a phase in MiB."""
+    done_bytes = 0
+
+    def advance(step_bytes: int) -> None:
+        nonlocal done_bytes
+        done_bytes = min(done_bytes + step_bytes, total_bytes)
+        progress(phase, done_bytes // _MIB, total_bytes // _MIB)
+
+    return advance
 
 
-def _best_compute() -> str:
+def best_compute() -> str:
+    """Return ``"cuda"`` where there is a GPU, else ``"cpu"``."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -16,6 +16,9 @@ Differences that remain whatever a GGUF says:
 - llama.cpp makes control tokens of tokens of certain names, whatever their type: ``<end_of_turn>`` is text with
   ``parse_special=False``; ``</s>``, a word of Qwen's vocabulary, is found in text with ``parse_special=True`` and
   ends a generation.
+
+transformers 5 itself departs from ``tokenizer.json`` where its class is ``LlamaTokenizer`` (Llama-2's vocabulary): it
+puts no space before a text that begins with one. llama.cpp follows the file.
 """
 
 import dataclasses
@@ -33,12 +36,15 @@ from impq_edge.conversion.tokenizer_files import (
     TokenizerFile,
     TokenizerSettings,
     added_around,
+    components,
+    has_half_pair,
     merge_added_tokens,
     read_chat_templates,
     read_file,
     read_object,
     read_settings,
     refusal,
+    shown,
 )
 from impq_edge.errors import ModelError, RecordError
 from impq_edge.model.config import Architecture
@@ -163,9 +169,9 @@ def read_tokenizer(directory: Path, vocabulary: int, architecture: Architecture)
 def _check_added_tokens(added: Sequence[AddedToken], space_prefix: bool, path: Path) -> None:
     for token in added:
         if token.single_word or token.lstrip or token.rstrip:
-            raise refusal(path, f"its added token {token.content!r} sets single_word, lstrip or rstrip")
+            raise refusal(path, f"its added token {shown(token.content)} sets single_word, lstrip or rstrip")
         if token.normalized and space_prefix:  # transformers then looks for the token with a space before it
-            raise refusal(path, f"its added token {token.content!r} is normalized, which puts a space before it")
+            raise refusal(path, f"its added token {shown(token.content)} is normalized, which puts a space before it")
     # Where one token can begin within another, llama.cpp finds the longer of them and transformers the first;
     # runs of one character are cut alike.
     texts = [token.content for token in added]
@@ -177,7 +183,7 @@ def _check_added_tokens(added: Sequence[AddedToken], space_prefix: bool, path: P
         for cut in range(1, len(text)):
             for other in starts.get(text[cut:], set()) - {text}:
                 if set(text + other) != {text[0]}:
-                    raise refusal(path, f"its added tokens {text!r} and {other!r} can overlap")
+                    raise refusal(path, f"its added tokens {shown(text)} and {shown(other)} can overlap")
 
 
 def _texts(model: BpeModel, added: Mapping[int, AddedToken], vocabulary: int, path: Path) -> dict[int, str]:
@@ -186,13 +192,15 @@ def _texts(model: BpeModel, added: Mapping[int, AddedToken], vocabulary: int, pa
     for text, token in [*model.vocab.items(), *((token.content, i) for i, token in added.items())]:
         if not 0 <= token < vocabulary:
             raise ModelError(
-                f"{path} gives {text!r} the id {token}, but the embedding has {vocabulary} rows; "
+                f"{path} gives {shown(text)} the id {shown(token)}, but the embedding has {vocabulary} rows; "
                 "the two do not belong together."
             )
         if len(text) > _LONGEST:
             raise refusal(path, f"token {token} has {len(text)} characters, and {_LONGEST} are the limit")
         if texts.setdefault(token, text) != text:
-            raise ModelError(f"{path} gives both {texts[token]!r} and {text!r} the id {token}; remove one of them.")
+            raise ModelError(
+                f"{path} gives both {shown(texts[token])} and {shown(text)} the id {token}; remove one of them."
+            )
     return texts
 
 
@@ -204,7 +212,7 @@ def _merges(model: BpeModel, path: Path) -> tuple[Merge, ...]:
     for merge in model.merges:
         left, _, right = merge.partition(" ") if isinstance(merge, str) else (merge[0], "", merge[1])
         if not {left, right, left + right} <= model.vocab.keys() or not left or not right:
-            raise ModelError(f"{path}: merge {merge!r} does not join two tokens into a third; download it again.")
+            raise ModelError(f"{path}: merge {shown(merge)} does not join two tokens into a third; download it again.")
         merges[left, right] = None
     if len(merges) != len(model.merges):
         raise ModelError(f"{path} holds a merge twice; remove the repetition.")
@@ -212,22 +220,15 @@ def _merges(model: BpeModel, path: Path) -> tuple[Merge, ...]:
 
 
 def _steps(component: dict[str, Any] | None, inner: str) -> list[list[Any]]:
-    """Return the simple components of a normaliser or pre-tokenizer in order, each with what decides ids in it."""
-    steps, waiting = [], [component] if component else []
-    while waiting:
-        part = waiting.pop()
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "Sequence" and isinstance(part.get(inner), list):
-            waiting.extend(reversed(part[inner]))
-        else:
-            fields = _FIELDS.get(kind, ()) if isinstance(kind, str) else ()
-            steps.append([kind, *(part.get(field) for field in fields)])
-    return steps
+    """Return the kinds of a normaliser's or pre-tokenizer's parts in order, each with what decides ids in it."""
+    parts = components(component, inner)
+    return [
+        [part.get("type"), *(part.get(field) for field in _FIELDS.get(str(part.get("type")), ()))] for part in parts
+    ]
 
 
-def _shown(steps: list[list[Any]]) -> str:
-    text = " + ".join(" ".join(str(field) for field in step) for step in steps) or "none"
-    return text if len(text) <= 200 else text[:197] + "..."
+def _told(steps: list[list[Any]]) -> str:
+    return " + ".join(" ".join(shown(field, 160) for field in step) for step in steps[:9]) or "none"
 
 
 def _byte_level(file: TokenizerFile, merges: Sequence[Merge], path: Path) -> tuple[str, bool]:
@@ -236,14 +237,14 @@ def _byte_level(file: TokenizerFile, merges: Sequence[Merge], path: Path) -> tup
 
     normalizer = _steps(file.normalizer, "normalizers")
     if normalizer not in ([], [["NFC"]]):
-        raise refusal(path, f"its normalizer is {_shown(normalizer)}")
+        raise refusal(path, f"its normalizer is {_told(normalizer)}")
     found = _steps(file.pre_tokenizer, "pretokenizers")
     pre = next((name for name, steps in _BYTE_LEVEL.items() if steps == found), None)
     if pre is None:
-        raise refusal(path, f"its pre_tokenizer is {_shown(found)}, none of {', '.join(_BYTE_LEVEL)}")
+        raise refusal(path, f"its pre_tokenizer is {_told(found)}, none of {', '.join(_BYTE_LEVEL)}")
     missing = sorted(set(ByteLevel.alphabet()) - file.model.vocab.keys())
     if missing:  # what transformers then leaves out of the text, llama.cpp keeps between the tokens it merges
-        raise refusal(path, f"its vocabulary lacks {len(missing)} of the 256 bytes, {missing[0]!r} among them")
+        raise refusal(path, f"its vocabulary lacks {len(missing)} of the 256 bytes, {shown(missing[0])} among them")
     if any(" " in left + right for left, right in merges):
         raise refusal(path, "a merge holds a space, which is none of the 256 bytes' characters")
     return pre, False
@@ -254,10 +255,10 @@ def _sentencepiece(file: TokenizerFile, path: Path) -> tuple[str, bool]:
     normalizer = _steps(file.normalizer, "normalizers")
     prefix = next((prefix for prefix, steps in _SPACE_PREFIX if steps == normalizer), None)
     if prefix is None:
-        raise refusal(path, f"its normalizer is {_shown(normalizer)}")
+        raise refusal(path, f"its normalizer is {_told(normalizer)}")
     found = _steps(file.pre_tokenizer, "pretokenizers")
     if found not in ([], [["Split", {"String": " "}, "MergedWithPrevious", False]]):  # no space is left to split at
-        raise refusal(path, f"its pre_tokenizer is {_shown(found)}")
+        raise refusal(path, f"its pre_tokenizer is {_told(found)}")
     vocab = file.model.vocab
     missing = [
         byte for byte in range(256) if f"<0x{byte:02X}>" not in vocab and not (0 < byte < 128 and chr(byte) in vocab)
@@ -276,7 +277,8 @@ def _check_merges_make_words(model: BpeModel, merges: Sequence[Merge], words: Se
         if len(bpe.tokenize(word)) != 1:
             file, other = ("true", "false") if model.ignore_merges else ("false", "true")
             raise refusal(
-                path, f"it sets ignore_merges to {file}, llama.cpp takes it for {other}, and no merges make {word!r}"
+                path,
+                f"it sets ignore_merges to {file}, llama.cpp takes it for {other}, and no merges make {shown(word)}",
             )
 
 
@@ -357,10 +359,10 @@ def _check_texts(tokens: Sequence[str], path: Path) -> None:
     """Refuse what would end llama.cpp's process when it loads the file."""
     seen: set[str] = set()
     for i, text in enumerate(tokens):
-        if "\0" in text or any("\ud800" <= char <= "\udfff" for char in text):
+        if "\0" in text or has_half_pair(text):
             raise refusal(path, f"token {i} holds a NUL or half of a surrogate pair")
         if text in seen:
-            raise refusal(path, f"two tokens have the text {text!r}")
+            raise refusal(path, f"two tokens have the text {shown(text)}")
         seen.add(text)
 
 
@@ -390,7 +392,7 @@ def _check_pairs_have_merges(
         pairs = [(text[:cut], text[cut:]) for cut in cuts if text[:cut] in pieces and text[cut:] in pieces]
         lacking = next((pair for pair in pairs if pair not in ranks), None)
         if lacking is not None:
-            raise refusal(path, f"the token {text!r} has no merge of {lacking[0]!r} and {lacking[1]!r}")
+            raise refusal(path, f"the token {shown(text)} has no merge of {shown(lacking[0])} and {shown(lacking[1])}")
         found = sorted(ranks[pair] for pair in pairs)
         if found and found[-1] - found[0] >= len(found) and len(set(text)) > 1:
-            raise refusal(path, f"the merges that make {text!r} do not follow one another")
+            raise refusal(path, f"the merges that make {shown(text)} do not follow one another")

@@ -108,7 +108,7 @@ def read_file(path: Path) -> TokenizerFile:
     model = data.get("model")
     kind = model.get("type", "BPE") if isinstance(model, dict) else None
     if kind != "BPE":
-        raise refusal(path, f"its model is {kind!r}, and only 'BPE' can be converted")
+        raise refusal(path, f"its model is {shown(kind)}, and only 'BPE' can be converted")
     return parse(TokenizerFile, data, path)
 
 
@@ -151,11 +151,21 @@ def read_chat_templates(directory: Path, settings: TokenizerSettings) -> dict[st
     files = {"default": directory / "chat_template.jinja"}
     files |= {path.stem: path for path in sorted((directory / "additional_chat_templates").glob("*.jinja"))}
     found = {name: read_text(path) for name, path in files.items() if path.exists()}
-    if found or settings.chat_template is None:
+    if found:
         return found
-    if isinstance(settings.chat_template, str):
-        return {"default": settings.chat_template}
-    return {choice.name: choice.template for choice in settings.chat_template}
+    given = settings.chat_template or []
+    named = {"default": given} if isinstance(given, str) else {choice.name: choice.template for choice in given}
+    for name, template in named.items():
+        if has_half_pair(name + template):
+            raise ModelError(
+                f"{directory / 'tokenizer_config.json'}: chat template {shown(name)} is no Unicode; remove it."
+            )
+    return named
+
+
+def has_half_pair(text: str) -> bool:
+    """Whether a text holds half of a surrogate pair, which JSON can say and UTF-8 cannot."""
+    return any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def merge_added_tokens(file: TokenizerFile, settings: TokenizerSettings, path: Path) -> dict[int, AddedToken]:
@@ -169,7 +179,7 @@ def merge_added_tokens(file: TokenizerFile, settings: TokenizerSettings, path: P
     for text in [*settings.named.values(), *settings.extra_special_tokens]:
         if text not in ids:
             raise ModelError(
-                f"tokenizer_config.json names the token {text!r}, which {path} does not hold; remove or add it."
+                f"tokenizer_config.json names the token {shown(text)}, which {path} does not hold; remove or add it."
             )
         known = added.get(ids[text], AddedToken(text, ids[text], normalized=False))
         added[known.id] = dataclasses.replace(known, special=True)
@@ -178,26 +188,46 @@ def merge_added_tokens(file: TokenizerFile, settings: TokenizerSettings, path: P
 
 def added_around(post_processor: dict[str, Any] | None, path: Path) -> tuple[list[int], list[int]]:
     """Return the ids that the post-processor puts before and after a text."""
-    steps = [post_processor] if post_processor else []
-    if post_processor and post_processor.get("type") == "Sequence":
-        steps = post_processor.get("processors") or []
     before: list[int] = []
     after: list[int] = []
-    for step in steps:
-        kind = step.get("type") if isinstance(step, dict) else None
+    for step in components(post_processor, "processors"):
+        kind = step.get("type")
         if kind == "ByteLevel":  # changes offsets, no ids
             continue
         if kind != "TemplateProcessing":
-            raise refusal(path, f"its post_processor is {kind!r}")
+            raise refusal(path, f"its post_processor is {shown(kind)}")
         template = parse(_Template, step, path)
+        if sum("Sequence" in piece for piece in template.single) != 1:
+            raise refusal(path, "its post_processor does not hold the text once")
         place = before
         for piece in template.single:
-            if "Sequence" in piece:
-                place = after
-            else:
+            if "SpecialToken" in piece:
                 token = template.special_tokens.get(str(piece["SpecialToken"].get("id")))
                 place.extend(token.ids if token else [])
+            else:
+                place = after
     return before, after
+
+
+def components(component: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
+    """Return the parts of a normaliser, pre-tokenizer or post-processor in order, sequences taken apart."""
+    parts: list[dict[str, Any]] = []
+    waiting: list[Any] = [component] if component is not None else []
+    while waiting:
+        part = waiting.pop()
+        if not isinstance(part, dict):
+            parts.append({})
+        elif part.get("type") == "Sequence" and isinstance(part.get(inner), list):
+            waiting.extend(reversed(part[inner]))
+        else:
+            parts.append(part)
+    return parts
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """Return a value from a file for a message: escaped, and cut where it is long."""
+    text = ascii(value) if has_half_pair(str(value)) else repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def refusal(path: Path, reason: str) -> ModelError:

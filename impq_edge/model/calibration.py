@@ -2,14 +2,17 @@
 
 import dataclasses
 import hashlib
-import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from impq_edge.errors import ModelError
 from impq_edge.records import read_text
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,21 +56,13 @@ def read_windows(directory: Path, text: Path, tokens: int, window_tokens: int) -
     if count == 0:
         raise ModelError(f"{text} has {len(ids)} tokens, less than one window of {window_tokens}; use a longer text.")
     windows = ids[: count * window_tokens].reshape(count, window_tokens)
-    bos = _bos_id(directory, tokenizer)
+    bos = _bos_id(tokenizer)
     if bos is not None:
         windows[:, 0] = bos
     return Windows(windows, hashlib.sha256(content.encode()).hexdigest())
 
 
-def _bos_id(directory: Path, tokenizer: object) -> int | None:
+def _bos_id(tokenizer: "Tokenizer") -> int | None:
     """Return the token that encoding puts in front of any text, None if there is no such token."""
-    framed = tokenizer.encode("", add_special_tokens=True).ids  # type: ignore[attr-defined]
-    if framed:
-        return int(framed[0])
-    path = directory / "tokenizer_config.json"
-    config = json.loads(read_text(path)) if path.exists() else {}
-    if not config.get("add_bos_token") or not config.get("bos_token"):
-        return None
-    token = config["bos_token"]
-    found = tokenizer.token_to_id(token["content"] if isinstance(token, dict) else token)  # type: ignore[attr-defined]
-    return None if found is None else int(found)
+    framed, plain = (tokenizer.encode("a", add_special_tokens=special).ids for special in (True, False))
+    return None if framed[0] == plain[0] else int(framed[0])

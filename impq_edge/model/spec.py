@@ -6,6 +6,7 @@ Everything here comes from ``config.json`` and the safetensors headers; no weigh
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -24,7 +25,8 @@ ROPE_FACTORS = "rope_freqs.weight"
 _BLOCK = re.compile(r"^model\.layers\.(\d+)\.")
 _FLOAT_DTYPES = {"F32", "F16", "BF16"}
 _CONTENT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-                  "chat_template.jinja")  # fmt: skip
+                  "special_tokens_map.json", "chat_template.jinja")  # fmt: skip
+_CONTENT_FOLDER = "additional_chat_templates"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -76,7 +78,9 @@ class ModelSpec(Record):
         return tuple(t for t in self.tensors if t.block == block and t.role == "matrix")
 
 
-def read_model(directory: Path, name: str | None = None) -> ModelSpec:
+def read_model(
+    directory: Path, name: str | None = None, progress: Callable[[int, int], None] = lambda _done, _total: None
+) -> ModelSpec:
     """Read a checkpoint directory laid out as on the hub.
 
     Parameters
@@ -85,6 +89,8 @@ def read_model(directory: Path, name: str | None = None) -> ModelSpec:
         Holds ``config.json``, ``tokenizer.json`` and one or several safetensors files.
     name
         What reports call the model; the directory's name by default.
+    progress
+        Told how many bytes have been hashed, and how many there are.
 
     Raises
     ------
@@ -102,7 +108,7 @@ def read_model(directory: Path, name: str | None = None) -> ModelSpec:
         name=name or directory.resolve().name,
         hyperparameters=hyperparameters,
         tensors=tensors,
-        content_sha256=_content_sha256(directory, tensors),
+        content_sha256=_content_sha256(directory, tensors, progress),
     )
 
 
@@ -233,6 +239,28 @@ def _check_inventory(tensors: tuple[TensorSpec, ...], hyper: HyperParameters, di
             )
 
 
-def _content_sha256(directory: Path, tensors: tuple[TensorSpec, ...]) -> str:
-    names = [*_CONTENT_FILES, *sorted({tensor.shard for tensor in tensors if tensor.shard})]
-    return sha256_json({name: sha256_file(directory / name) for name in names if (directory / name).exists()})
+def _content_sha256(directory: Path, tensors: tuple[TensorSpec, ...], progress: Callable[[int, int], None]) -> str:
+    templates = sorted(f"{_CONTENT_FOLDER}/{path.name}" for path in (directory / _CONTENT_FOLDER).glob("*.jinja"))
+    names = [*_CONTENT_FILES, *templates, *sorted({tensor.shard for tensor in tensors if tensor.shard})]
+    files = {name: directory / name for name in names if (directory / name).exists()}
+    total = sum(path.stat().st_size for path in files.values())
+    done = 0
+
+    def advance(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(done, total)
+
+    return sha256_json({name: _file_sha256(path, advance) for name, path in files.items()})
+
+
+_known_hashes: dict[tuple[str, int, int, int], str] = {}
+
+
+def _file_sha256(path: Path, advance: Callable[[int], None]) -> str:
+    """Hash a file once per process and state: stages of one build read the same gigabytes."""
+    state = path.stat()
+    key = (str(path.resolve()), state.st_ino, state.st_size, state.st_mtime_ns)
+    if key not in _known_hashes:
+        _known_hashes[key] = sha256_file(path, advance)
+    return _known_hashes[key]

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import ClassVar
 
 from impq_edge.backends import NAMES, load_backend
 from impq_edge.conversion.artifact import Artifact
@@ -15,9 +16,9 @@ from impq_edge.devices.memory import MemoryPlan, memory_plan
 from impq_edge.devices.profile import DeviceProfile, KvType, load_device
 from impq_edge.errors import BackendError, RecordError
 from impq_edge.impq.allocation import BLOCK_TYPES, Allocation
-from impq_edge.model.source import DEMO, fetch, find
-from impq_edge.model.spec import ModelSpec, read_model
-from impq_edge.records import Record, atomic_path
+from impq_edge.model.source import DEMO, Source, find
+from impq_edge.model.spec import ModelSpec
+from impq_edge.records import Record, atomic_path, sha256_file
 from impq_edge.releases.preview import Preview, preview
 from impq_edge.releases.report import Comparison, render
 from impq_edge.spqe.journal import to_text
@@ -29,15 +30,17 @@ from impq_edge.stages import (
     DEFAULT_TOKENS,
     DEFAULT_WINDOW_TOKENS,
     allocate,
+    best_compute,
     calibration_windows,
     convert,
     load_profile,
+    open_model,
     profile,
     record_path,
     require_rows,
 )
 from impq_edge.validation.report import ValidationReport
-from impq_edge.validation.validate import DEFAULT_WINDOWS, validate
+from impq_edge.validation.validate import DEFAULT_WINDOWS, FILL_S, validate
 
 Progress = Callable[[str, int, int], None]
 Say = Callable[[str], None]
@@ -62,7 +65,7 @@ class Build:
 class BackendLosses(Record):
     """Calibration losses of the chosen allocation on the profile's backend and on the K-quants that ship."""
 
-    SCHEMA = "impq-edge.backend-losses/1"
+    SCHEMA: ClassVar[str] = "impq-edge.backend-losses/1"
 
     allocation_sha256: str
     coalitions: tuple[str, ...]  # the mix, all at 4 bit, all at 2 bit
@@ -124,12 +127,13 @@ def build(
         raise BackendError(f"Backend {backend!r} is unknown; choose one of {', '.join(NAMES)}.")
     source = find(model, revision)
     say(f"Model: {source.summary()}.")
-    directory = fetch(source)
-    spec = read_model(directory, source.name)
+    directory, spec = open_model(source, progress=progress)
+    source = dataclasses.replace(source, directory=directory)
     require_rows(spec, allow_fallback)
     profile_path = out / "sensitivity.json"
+    text_path = text or data_path("demo", "evaluation.txt")
     done = sensitivity is not None or profile_path.exists()
-    cost = _preview(spec, source.download_bytes, 0 if done else permutations, tokens, windows, compute)
+    cost = _preview(spec, 0 if done else permutations, tokens, windows, compute)
     say(_told(cost, out))
 
     if sensitivity is not None:
@@ -137,7 +141,7 @@ def build(
         _require_same_model(found, spec, sensitivity)
     else:
         found = profile(
-            str(directory), out=profile_path, backend=backend, permutations=permutations, tokens=tokens,
+            source, out=profile_path, backend=backend, permutations=permutations, tokens=tokens,
             calibration=calibration, seed=seed, allow_fallback=allow_fallback, compute=compute, progress=progress,
         )  # fmt: skip
     allocation = allocate(
@@ -147,8 +151,10 @@ def build(
     _tell_allocation(allocation, say)
 
     def finish(name: str, bits: int | None) -> tuple[Artifact, ValidationReport]:
-        artifact = _converted(directory, out / name, allocation, bits, allow_fallback, progress)
-        report = _validated(out / name, artifact, target, allocation, text, windows, progress)
+        artifact = _converted(source, out / name, allocation, bits, allow_fallback, progress)
+        # The device's memory check, which fills the whole context, is for the file that ships.
+        fill_s = FILL_S if bits is None else 0.0
+        report = _validated(out / name, artifact, target, allocation, text_path, windows, fill_s, progress)
         return artifact, report
 
     artifact, validation = finish(_file_name(spec, allocation), None)
@@ -190,19 +196,14 @@ def summary(made: Build) -> dict[str, object]:
     }
 
 
-def _preview(
-    spec: ModelSpec, download_bytes: int, permutations: int, tokens: int, windows: int, compute: str | None
-) -> Preview:
-    import torch
-
+def _preview(spec: ModelSpec, permutations: int, tokens: int, windows: int, compute: str | None) -> Preview:
     return preview(
         spec,
-        download_bytes=download_bytes,
         evaluations=permutations * (spec.n_blocks - 1) + 2 if permutations else 0,
         tokens=tokens,
         validation_tokens=windows * DEFAULT_WINDOW_TOKENS,
         files=3,
-        compute=compute or ("cuda" if torch.cuda.is_available() else "cpu"),
+        compute=compute or best_compute(),
     )
 
 
@@ -211,8 +212,8 @@ def _told(cost: Preview, out: Path) -> str:
     minutes = cost.seconds / 60
     time = f"about {minutes:.0f} minutes" if minutes >= 2 else "about a minute or two"
     return (
-        f"This downloads {cost.download_bytes / mib:,.0f} MiB, writes up to {cost.write_bytes / mib:,.0f} MiB "
-        f"to {out}, holds about {cost.memory_bytes / mib:,.0f} MiB of weights in memory, and takes {time} on this machine."
+        f"This writes up to {cost.write_bytes / mib:,.0f} MiB to {out}, holds about "
+        f"{cost.memory_bytes / mib:,.0f} MiB of weights in memory, and takes {time} on this machine."
     )
 
 
@@ -241,7 +242,7 @@ def _file_name(spec: ModelSpec, allocation: Allocation) -> str:
 
 
 def _converted(
-    directory: Path, path: Path, allocation: Allocation, bits: int | None, allow_fallback: bool, progress: Progress
+    source: Source, path: Path, allocation: Allocation, bits: int | None, allow_fallback: bool, progress: Progress
 ) -> Artifact:
     """Write the mix (``bits`` None) or a uniform file, unless it is there already."""
     record = record_path(path)
@@ -252,11 +253,9 @@ def _converted(
         if same and found.is_intact(path.parent):
             return found
     if bits is None:
-        return convert(
-            str(directory), out=path, allocation=allocation, allow_fallback=allow_fallback, progress=progress
-        )
+        return convert(source, out=path, allocation=allocation, allow_fallback=allow_fallback, progress=progress)
     return convert(
-        str(directory), out=path, type=BLOCK_TYPES[bits], outer_type=allocation.outer_type,
+        source, out=path, type=BLOCK_TYPES[bits], outer_type=allocation.outer_type,
         allow_fallback=allow_fallback, progress=progress,
     )  # fmt: skip
 
@@ -266,18 +265,25 @@ def _validated(
     artifact: Artifact,
     device: DeviceProfile,
     allocation: Allocation,
-    text: Path | None,
+    text: Path,
     windows: int,
+    fill_s: float,
     progress: Progress,
 ) -> ValidationReport:
+    """Measure a file, unless the record of the same measurement is there already."""
     record = path.with_name(f"{path.name}.validation.json")
     if record.exists():
         found = ValidationReport.load(record)
-        if found.sha256 == artifact.sha256 and found.device == device.name:
+        made_from = (found.sha256, found.device, found.text_sha256, len(found.window_nlls))
+        settings = (found.settings.context_tokens, found.settings.kv_type)
+        if made_from == (artifact.sha256, device.name, sha256_file(text), windows) and settings == (
+            allocation.context_tokens,
+            allocation.kv_type,
+        ):
             return found
     report = validate(
-        path, device=device, text=text or data_path("demo", "evaluation.txt"), windows=windows,
-        context_tokens=allocation.context_tokens, kv_type=allocation.kv_type, progress=progress,
+        path, device=device, text=text, windows=windows, context_tokens=allocation.context_tokens,
+        kv_type=allocation.kv_type, fill_s=fill_s, progress=progress,
     )  # fmt: skip
     report.save(record)
     return report

@@ -1,4 +1,4 @@
-"""What a build will download, write, hold in memory and take, said before it starts."""
+"""What a build will write, hold in memory and take, said before it starts."""
 
 import dataclasses
 import time
@@ -21,7 +21,6 @@ _VALIDATION_PASSES = 3  # perplexity, and about twice as much again for speed an
 class Preview:
     """The cost of a build."""
 
-    download_bytes: int
     write_bytes: int
     memory_bytes: int
     seconds: float
@@ -30,7 +29,6 @@ class Preview:
 def preview(
     spec: ModelSpec,
     *,
-    download_bytes: int,
     evaluations: int,
     tokens: int,
     validation_tokens: int,
@@ -63,7 +61,6 @@ def preview(
     )
     activations = tokens * spec.hyperparameters.hidden * (spec.n_blocks + 1) * 2
     return Preview(
-        download_bytes=download_bytes,
         write_bytes=files * largest,
         memory_bytes=dtype.itemsize * (2 * in_blocks + outside + activations) if evaluations else 2 * largest,
         seconds=seconds,

@@ -160,12 +160,14 @@ class Engine:
 
     def text(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, special ones included."""
-        ids = np.asarray(tokens, np.int32)
-        pointer = ids.ctypes.data_as(ctypes.POINTER(api.llama_token))
-        size = -int(api.llama_detokenize(self._vocab, pointer, len(ids), None, 0, False, True))
+        # Not llama_detokenize, which drops spaces before punctuation for some vocabularies.
+        return b"".join(self._piece(token) for token in tokens).decode("utf-8", "replace")
+
+    def _piece(self, token: int) -> bytes:
+        size = -int(api.llama_token_to_piece(self._vocab, token, None, 0, 0, True))
         buffer = ctypes.create_string_buffer(max(size, 1))
-        api.llama_detokenize(self._vocab, pointer, len(ids), buffer, size, False, True)
-        return buffer.raw[: max(size, 0)].decode("utf-8", "replace")
+        api.llama_token_to_piece(self._vocab, token, buffer, size, 0, True)
+        return buffer.raw[: max(size, 0)]
 
     def clear(self) -> None:
         """Forget all tokens."""

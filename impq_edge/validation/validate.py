@@ -19,6 +19,7 @@ from impq_edge.validation.settings import KvType, RunSettings
 DEFAULT_WINDOWS = 24
 DEFAULT_CONTEXT_TOKENS = 2048  # without a device; less where the model was trained for less
 MIN_CONTEXT_TOKENS = 64  # room for a prompt and an answer
+FILL_S = 300.0
 CHAT_TOKENS = 128  # one short sentence ends well before
 
 # Perplexity is compared between files, devices and tools, so it is always measured as llama-perplexity does
@@ -39,7 +40,7 @@ def validate(
     use_extra_bufts: bool | None = None,
     generated_tokens: int = 64,
     repetitions: int = 3,
-    fill_s: float = 300.0,
+    fill_s: float = FILL_S,
     timeout_s: float = 3600.0,
     progress: Progress = lambda _stage, _done, _total: None,
 ) -> ValidationReport:

@@ -56,8 +56,9 @@ def test_memory_decides_how_many_blocks_get_4_bit(spec: ModelSpec, sizes: tuple[
             made = allocate(spec, device_with(two + blocks * step + slack, spec))
             assert made.block_bits == bits, (blocks, slack)
             assert made.everything_fits == (blocks == 3)
-            plan = memory_plan(spec, made.tensor_types, made.predicted_file_bytes,
-                               device_with(two + blocks * step + slack, spec), context_tokens=512, kv_type="f16")  # fmt: skip
+            device = device_with(two + blocks * step + slack, spec)
+            size = made.predicted_file_bytes
+            plan = memory_plan(spec, made.tensor_types, size, device, context_tokens=512, kv_type="f16")
             assert 0 <= plan.free_bytes == slack
             assert made.budget_bytes - made.predicted_file_bytes == slack
 
@@ -106,7 +107,12 @@ def test_record_survives_the_disk_and_notices_edits(spec: ModelSpec, tmp_path: P
     made.save(tmp_path / "a.json")
     assert Allocation.load(tmp_path / "a.json") == made
     assert made.predicted_file_bytes == HEADER_BYTES + data_bytes(spec, made.tensor_types)
-    for change in ({"block_bits": (4, 4, 4)}, {"predicted_file_bytes": 1}, {"objective": -1.0}, {"model_sha256": "f" * 64}):
+    for change in (
+        {"block_bits": (4, 4, 4)},
+        {"predicted_file_bytes": 1},
+        {"objective": -1.0},
+        {"model_sha256": "f" * 64},
+    ):
         with pytest.raises(AllocationError):
             dataclasses.replace(made, **change).check(spec)  # type: ignore[arg-type]
 

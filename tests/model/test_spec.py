@@ -99,7 +99,7 @@ def test_gemma_that_llama_cpp_would_compute_differently(
 def test_missing_shard(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path / "m", "llama", shards=2)
     (directory / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ModelError, match="model-00002-of-00002.safetensors .* missing"):
+    with pytest.raises(ModelError, match=r"model-00002-of-00002\.safetensors .* missing"):
         read_model(directory)
     (directory / "model.safetensors.index.json").unlink()
     with pytest.raises(ModelError, match="1 of 2 shards"):

@@ -1,0 +1,170 @@
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from checkpoints import make_checkpoint
+
+import impq_edge
+from impq_edge.conversion.artifact import Artifact
+from impq_edge.errors import AllocationError, BackendError, ModelError, RecordError, SensitivityError
+from impq_edge.impq.allocation import Allocation
+from impq_edge.releases.build import Build, summary
+from impq_edge.spqe.profile import SensitivityProfile
+from impq_edge.validation.report import ValidationReport
+
+QUICK = {"permutations": 2, "tokens": 1024, "windows": 2, "context_tokens": 256}
+
+
+def quick_build(model: Path, out: Path, **changes: object) -> tuple[Build, list[str]]:
+    told: list[str] = []
+    settings = {**QUICK, "average_bits": 3, "say": told.append, **changes}
+    return impq_edge.build("laptop-16gb", model=str(model), out=out, **settings), told  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def built(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Build, list[str]]:
+    return quick_build(checkpoints["qwen3"], tmp_path_factory.mktemp("build"))
+
+
+def test_records_agree_with_each_other_and_with_the_file(built: tuple[Build, list[str]]) -> None:
+    made, told = built
+    out = made.directory
+    profile = SensitivityProfile.load(out / "sensitivity.json")
+    allocation = Allocation.load(out / "allocation.json")
+    artifact = Artifact.load(out / f"{made.artifact.artifact}.json")
+    validation = ValidationReport.load(out / f"{made.artifact.artifact}.validation.json")
+    assert allocation.profile_sha256 == profile.identity()
+    assert artifact.allocation_sha256 == allocation.identity()
+    assert artifact.is_intact(out) and validation.sha256 == artifact.sha256
+    assert artifact.file_bytes == allocation.predicted_file_bytes
+    assert allocation.block_bits.count(4) == 1 and allocation.average_bits <= 3
+    assert made.uniform[2][0].file_bytes < artifact.file_bytes < made.uniform[4][0].file_bytes
+    assert any("takes about" in sentence for sentence in told)
+    assert not (out / "sensitivity.json.journal").exists()
+
+
+def test_summary_has_the_keys_people_script_against(built: tuple[Build, list[str]]) -> None:
+    told = json.loads(json.dumps(summary(built[0])))
+    assert told.keys() >= {
+        "artifact", "sha256", "file_bytes", "predicted_file_bytes", "budget_bytes", "average_bits", "bits_per_weight",
+        "tensor_types", "validation",
+    }  # fmt: skip
+    assert told["validation"].keys() >= {
+        "perplexity", "perplexity_stderr", "tokens", "prompt_tok_per_s", "generation_tok_per_s", "peak_rss_bytes",
+        "passed",
+    }  # fmt: skip
+    assert Path(told["artifact"]).stat().st_size == told["file_bytes"] <= told["budget_bytes"]
+
+
+def test_report_tells_what_was_measured(built: tuple[Build, list[str]]) -> None:
+    made, _ = built
+    report = (made.directory / "report.md").read_text()
+    for shown in (
+        made.artifact.artifact,
+        f"{made.artifact.file_bytes:,}",
+        f"{made.validation.perplexity:.3f}",
+        f"{made.uniform[2][1].perplexity:.3f}",
+        made.artifact.sha256,
+        "KV cache",
+        "system reserve",
+    ):
+        assert shown in report
+    assert re.findall(r"^\| (\d) \| ([24]) \|", report, re.MULTILINE) == [
+        (str(block), str(bits)) for block, bits in enumerate(made.allocation.block_bits)
+    ]
+
+
+def test_finished_stages_are_not_redone(built: tuple[Build, list[str]], checkpoints: dict[str, Path]) -> None:
+    made, _ = built
+    kept = {
+        path: path.stat().st_mtime_ns
+        for path in made.directory.iterdir()
+        if path.name not in ("report.md", "allocation.json")
+    }
+    phases: list[str] = []
+    again, _ = quick_build(checkpoints["qwen3"], made.directory, progress=lambda phase, *_: phases.append(phase))
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert again.artifact == made.artifact and again.validation == made.validation
+    assert not {"evaluating", "quantising", "writing, MiB", "perplexity"} & set(phases)
+
+
+def test_another_budget_reuses_the_game(
+    built: tuple[Build, list[str]], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(built[0].directory, tmp_path / "copy"))
+    phases: list[str] = []
+    other, _ = quick_build(checkpoints["qwen3"], out, average_bits=2.7, progress=lambda phase, *_: phases.append(phase))
+    assert "evaluating" not in phases and "writing, MiB" in phases
+    assert other.allocation.block_bits.count(4) == 1  # 2.67 bits: the same allocation in a file of the same name
+    with pytest.raises(SensitivityError, match=r"sensitivity\.json is a profile of other inputs"):
+        quick_build(checkpoints["qwen3"], out, seed=1)
+
+
+def test_everything_fits(checkpoints: dict[str, Path], built: tuple[Build, list[str]], tmp_path: Path) -> None:
+    made, told = quick_build(
+        checkpoints["qwen3"], tmp_path, average_bits=None, sensitivity=built[0].directory / "sensitivity.json"
+    )
+    assert set(made.allocation.block_bits) == {4} and made.allocation.everything_fits
+    assert any("Everything fits laptop-16gb at 4 bit" in sentence and "would be left" in sentence for sentence in told)
+    assert "Everything fits at 4 bit" in (tmp_path / "report.md").read_text()
+    assert made.uniform[4][0] == made.artifact
+
+
+def test_another_backend_shows_what_the_k_quants_lose(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    made, _ = quick_build(checkpoints["llama"], tmp_path, backend="hqq")
+    report = (tmp_path / "report.md").read_text()
+    section = report[report.index("## hqq against the K-quants that ship") :]
+    rows = re.findall(r"^\| (this mix|all at [24] bit) \| ([\d.]+) \| ([\d.]+) \|$", section, re.MULTILINE)
+    assert [row[0] for row in rows] == ["this mix", "all at 4 bit", "all at 2 bit"]
+    measured = {name: float(ours) for name, ours, _ in rows}
+    assert measured["all at 4 bit"] == pytest.approx(made.profile.losses[(4, 4, 4)], abs=1e-4)
+    assert measured["all at 2 bit"] == pytest.approx(made.profile.losses[(2, 2, 2)], abs=1e-4)
+    assert any(ours != kquant for _, ours, kquant in rows)
+
+
+def test_kill_at_any_stage_and_resume_gives_the_same_bytes(
+    built: tuple[Build, list[str]], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    """SIGKILL as soon as each sign of progress appears, in one directory; then let it finish."""
+    reference = built[0].directory
+    command = (
+        f"import impq_edge, pathlib; impq_edge.build('laptop-16gb', model={str(checkpoints['qwen3'])!r}, "
+        f"out=pathlib.Path({str(tmp_path)!r}), average_bits=3, **{QUICK!r})"
+    )
+    mix = built[0].artifact.artifact
+    for sign in ("sensitivity.json.journal", "sensitivity.json", mix, f"{mix}.validation.json", "uniform-4bit.gguf"):
+        child = subprocess.Popen([sys.executable, "-c", command])
+        while child.poll() is None and not (tmp_path / sign).exists():
+            time.sleep(0.005)
+        child.kill()
+        child.wait()
+    quick_build(checkpoints["qwen3"], tmp_path)
+    for name in ("sensitivity.json", "allocation.json", mix, f"{mix}.json", "uniform-2bit.gguf", "uniform-4bit.gguf"):
+        assert (tmp_path / name).read_bytes() == (reference / name).read_bytes(), name
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in reference.iterdir()}
+
+
+def test_bad_input_leaves_nothing_behind(
+    built: tuple[Build, list[str]], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    odd = make_checkpoint(tmp_path / "odd", "llama", hidden_size=192, num_attention_heads=3, num_key_value_heads=3)
+    for error, message, arguments in (
+        (ModelError, "--allow-fallback", {"model": odd}),
+        (ModelError, "neither a directory nor a hub id", {"model": Path("nothing at all")}),
+        (BackendError, "'awq' is unknown", {"backend": "awq"}),
+        (SensitivityError, "--permutations 0", {"permutations": 0}),
+        (RecordError, "is a profile of random-qwen3", {"sensitivity": built[0].directory / "sensitivity.json"}),
+    ):
+        given = {"model": checkpoints["llama"], **arguments}
+        with pytest.raises(error, match=message):
+            quick_build(given.pop("model"), out, **given)  # type: ignore[arg-type]
+        assert not out.exists()
+    with pytest.raises(AllocationError, match="the smallest that works is --budget"):
+        quick_build(checkpoints["qwen3"], out, budget_bytes=1000, sensitivity=built[0].directory / "sensitivity.json")
+    assert not out.exists()

@@ -1,0 +1,122 @@
+"""The command line as a user meets it: real processes, data on stdout, sentences on stderr, exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ON_PI = ("--device", "raspberry-pi-5")
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "NO_COLOR": "1"}
+
+
+def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "impq_edge.cli", *map(str, arguments)],
+        check=False, capture_output=True, text=True, env={**ENVIRONMENT, **environment},
+    )  # fmt: skip
+
+
+def test_devices() -> None:
+    table, listed = run("devices"), json.loads(run("devices", "--json").stdout)
+    names = {device["name"] for device in listed["devices"]}
+    assert names >= {
+        "raspberry-pi-5", "raspberry-pi-5-4gb", "raspberry-pi-5-16gb", "raspberry-pi-4-4gb", "raspberry-pi-zero-2w",
+        "jetson-orin-nano-8gb", "rock-5b-8gb", "android-8gb", "mini-pc-n100-8gb", "laptop-16gb",
+    }  # fmt: skip
+    assert table.returncode == 0 and all(name in table.stdout for name in names)
+    shown = run("devices", "show", "raspberry-pi-5")
+    assert "17.1" in shown.stdout or "17100000000" in shown.stdout
+
+
+def test_unknown_device_names_the_nearest() -> None:
+    done = run("devices", "show", "rapsberry-pi5")
+    assert done.returncode == 3 and done.stdout == ""
+    assert "raspberry-pi-5" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_devices_toml_of_ones_own(tmp_path: Path) -> None:
+    from impq_edge.data import data_path
+
+    own = tmp_path / "mine.toml"
+    own.write_text(data_path("devices", "raspberry-pi-5.toml").read_text().replace("raspberry-pi-5", "mine"))
+    assert json.loads(run("devices", "show", own, "--json").stdout)["name"] == "mine"
+
+
+def test_stages_one_after_another(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    model, out = checkpoints["gemma2"], tmp_path
+    done = run("profile", "--model", model, "--permutations", 1, "--tokens", 512, "-o", out / "p.json", "--json")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["phi"]) == 3
+    done = run(
+        "allocate", out / "p.json", "--device", "raspberry-pi-zero-2w", "--average-bits", "8/3", "-o", out / "a.json",
+        "--json", "--context", "256",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    allocation = json.loads(done.stdout)
+    assert allocation["average_bits"] <= 8 / 3  # a random model's φ may be negative: then even less is spent
+    done = run("convert", "--model", model, "--allocation", out / "a.json", "-o", out / "m.gguf", "--json")
+    assert done.returncode == 0, done.stderr
+    artifact = json.loads(done.stdout)
+    assert artifact["file_bytes"] == allocation["predicted_file_bytes"] == (out / "m.gguf").stat().st_size
+    done = run(
+        "validate", out / "m.gguf", "--device", "raspberry-pi-zero-2w", "--windows", 1, "--context", 256, "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["passed"] and report["sha256"] == artifact["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["build", "--device", "raspberry-pi-9000", "-o", "OUT"], 3, "raspberry-pi-5"),
+        (["build", "--device", "raspberry-pi-5", "--model", "someone/unknown", "-o", "OUT"], 3, "HF_HUB_OFFLINE"),
+        (["build", "--device", "raspberry-pi-5", "--average-bits", "lots", "-o", "OUT"], 3, "'lots' is not a number"),
+        (["build", "--device", "raspberry-pi-5", "--budget", "big", "-o", "OUT"], 3, "write it like 900MiB"),
+        (["build", "-o", "OUT"], 2, "--device"),
+        (["profile", "--backend", "awq", "-o", "OUT"], 2, "awq"),
+        (["allocate", "nothing.json", "--device", "raspberry-pi-5", "-o", "OUT"], 3, "nothing.json does not exist"),
+        (["allocate", "tiny-llama3-kquant", *ON_PI, "--budget", "1MiB", "-o", "OUT"], 3, "--budget"),
+        (["allocate", "tiny-llama3-kquant", *ON_PI, "--average-bits", "7", "-o", "OUT"], 3, "2…4"),
+        (["convert", "--type", "q9", "-o", "OUT"], 2, "q9"),
+        (["convert", "-o", "OUT"], 3, "--allocation FILE or --type TYPE"),
+        (["validate", "pyproject.toml"], 3, "not a GGUF"),
+        (["validate", "nothing.gguf"], 3, "does not exist"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_sentence(tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
+    out = tmp_path / "out"
+    done = run(*[str(out) if argument == "OUT" else argument for argument in arguments], HF_HOME=str(tmp_path / "hf"))
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr and done.stdout == ""
+    assert "Traceback" not in done.stderr and not out.exists()
+    if code == 3:
+        sentences = [
+            line for line in done.stderr.splitlines() if line and not line.startswith(("Model: ", "This writes"))
+        ]
+        assert len(sentences) == 1 and sentences[0].startswith("Error: ")
+
+
+def test_a_file_cut_short(demo_gguf: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(demo_gguf.read_bytes()[:-1000])
+    done = run("validate", cut)
+    assert done.returncode == 3 and "cut short by" in done.stderr
+
+
+def test_every_command_has_help_with_an_example() -> None:
+    for command in ("devices", "devices show", "profile", "allocate", "convert", "validate", "build", "doctor"):
+        done = run(*command.split(), "--help")
+        assert done.returncode == 0 and "Exit codes" in done.stdout
+        assert "Example" in done.stdout or command == "devices show" or "doctor" in command
+
+
+def test_doctor(demo_gguf: Path) -> None:
+    done = run("doctor", "--file", demo_gguf, "--json")
+    told = json.loads(done.stdout)
+    assert done.returncode == (1 if told["problems"] else 0)
+    assert {probe["status"] for probe in told["probes"]} == {"passed"}
+    assert told["build"]["system_info"]
