@@ -51,7 +51,7 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
     )  # fmt: skip
-    with Progress(*columns, console=_err, transient=True) as bars:
+    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as bars:
         tasks: dict[str, TaskID] = {}
 
         def advance(phase: str, done: int, total: int) -> None:

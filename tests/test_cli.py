@@ -97,7 +97,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path, arguments: list[str], code: i
         sentences = [
             line for line in done.stderr.splitlines() if line and not line.startswith(("Model: ", "This writes"))
         ]
-        assert len(sentences) == 1 and sentences[0].startswith("Error: ")
+        assert len(told) == 1 and told[0].startswith("Error: ")
 
 
 def test_a_file_cut_short(demo_gguf: Path, tmp_path: Path) -> None:
