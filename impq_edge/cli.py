@@ -289,10 +289,13 @@ def build(
 
 @app.command(epilog=_EPILOG)
 def doctor(
-    file: Annotated[Path | None, typer.Option(help="A GGUF with Q4_K tensors to try; else none is run.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A GGUF to try; a small random one is made otherwise.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what is installed, what llama.cpp was built for, whether it runs here, and what to do if not."""
+    """Say what is installed, what llama.cpp was built for, whether it runs here, and what to do if not.
+
+    Example: `impq-edge doctor --json`
+    """
     from impq_edge.validation.doctor import examine
 
     report = examine(file)

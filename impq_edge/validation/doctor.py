@@ -4,6 +4,7 @@ import dataclasses
 import platform
 import re
 import sys
+import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import ClassVar
@@ -16,6 +17,7 @@ from impq_edge.validation.file import read_facts
 from impq_edge.validation.process import run_child
 from impq_edge.validation.report import Status
 from impq_edge.validation.results import Build
+from impq_edge.validation.sample import write_sample
 from impq_edge.validation.settings import RunSettings
 from impq_edge.validation.validate import available_threads
 
@@ -89,7 +91,7 @@ def examine(gguf: Path | None = None, *, timeout_s: float = 120.0) -> DoctorRepo
     Parameters
     ----------
     gguf
-        A small file with the formats to be tried, Q4_K best; None: no decode is tried.
+        A file to try; None: a small one of random Q4_K weights is made for the purpose.
     timeout_s
         How long each trial may take.
 
@@ -113,7 +115,7 @@ def examine(gguf: Path | None = None, *, timeout_s: float = 120.0) -> DoctorRepo
         problems += _unused(features, build.system_info)
     except ValidationError as error:
         problems.append(str(error))
-    probes = tuple(_probe(gguf, bufts, timeout_s) for bufts in (True, False))
+    probes = _probes(gguf, timeout_s)
     problems += [probe.detail for probe in probes if probe.status == "failed"]
     return DoctorReport(
         python=sys.version.split()[0],
@@ -156,9 +158,15 @@ def _unused(features: tuple[str, ...], system_info: str) -> list[str]:
     ]
 
 
-def _probe(gguf: Path | None, use_extra_bufts: bool, timeout_s: float) -> Probe:
-    if gguf is None:
-        return Probe(use_extra_bufts, "not_checked", "no GGUF was given to try")
+def _probes(gguf: Path | None, timeout_s: float) -> tuple[Probe, ...]:
+    with tempfile.TemporaryDirectory() as folder:
+        sample = Path(folder) / "random weights"
+        if gguf is None:
+            write_sample(sample)
+        return tuple(_probe(gguf or sample, bufts, timeout_s) for bufts in (True, False))
+
+
+def _probe(gguf: Path, use_extra_bufts: bool, timeout_s: float) -> Probe:
     settings = RunSettings(_PROBE_CONTEXT_TOKENS, available_threads(), use_extra_bufts=use_extra_bufts)
     job = {"kind": "decode", "file": str(gguf), "settings": dataclasses.asdict(settings)}
     try:

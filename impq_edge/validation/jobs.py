@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import llama_cpp
+import numpy as np
 
 from impq_edge.validation import llama
 from impq_edge.validation.chat import try_chat
@@ -83,8 +84,9 @@ def describe(_progress: Progress) -> dict[str, Any]:
 def decode(_progress: Progress, *, file: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Decode a batch and then a token, the shortest run that uses every kernel."""
     with Engine(Path(file), RunSettings(**settings)) as engine:
-        tokens = engine.tokenize(OPENING * 16, add_special=True)[: engine.settings.context_tokens // 2]
-        engine.generate(tokens, 2)
+        tokens = np.arange(min(engine.vocabulary, engine.settings.context_tokens // 2), dtype=np.int32)
+        engine.decode(tokens[:-1])
+        engine.decode(tokens[-1:])
         return {"tokens": engine.position}
 
 

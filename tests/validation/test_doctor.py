@@ -17,9 +17,9 @@ def test_the_packages_looked_for_are_the_declared_dependencies() -> None:
         assert list(packages) == [name for name in names if name != project["name"]]
 
 
-def test_without_a_file_everything_but_a_decode_is_told() -> None:
+def test_without_a_file_random_weights_are_decoded() -> None:
     report = examine()
-    assert [probe.status for probe in report.probes] == ["not_checked", "not_checked"]
+    assert [(probe.use_extra_bufts, probe.status) for probe in report.probes] == [(True, "passed"), (False, "passed")]
     assert report.build is not None
     assert "CPU" in report.build.system_info
     assert all(package.version for package in report.packages if not package.extra)
