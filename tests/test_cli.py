@@ -94,9 +94,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path, arguments: list[str], code: i
     assert message in done.stderr and done.stdout == ""
     assert "Traceback" not in done.stderr and not out.exists()
     if code == 3:
-        sentences = [
-            line for line in done.stderr.splitlines() if line and not line.startswith(("Model: ", "This writes"))
-        ]
+        told = [line for line in done.stderr.splitlines() if not line.startswith(("Model: ", "This writes"))]
         assert len(told) == 1 and told[0].startswith("Error: ")
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
+from numpy.typing import NDArray
 
 _HIDDEN, _HEADS, _VOCABULARY, _CONTEXT_TOKENS = 256, 4, 256, 512
 _Q4_K = GGMLQuantizationType.Q4_K
@@ -33,7 +34,7 @@ def write_sample(path: Path) -> None:
     writer.close()
 
 
-def _random_q4_k(generator: np.random.Generator) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+def _random_q4_k(generator: np.random.Generator) -> NDArray[np.uint8]:
     """Return rows of one block each: float16 d and dmin, then random scales and weights (``block_q4_K``)."""
     block_bytes = GGML_QUANT_SIZES[_Q4_K][1]
     rows = generator.integers(0, 256, size=(_HIDDEN, block_bytes), dtype=np.uint8)
