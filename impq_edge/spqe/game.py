@@ -83,7 +83,7 @@ class Game:
         """
         bits_used = dict.fromkeys(BITS, 0.0)
         for index, layer in enumerate(self._model.model.layers):
-            versions = {bits: _copy_sharing_vectors(layer) for bits in BITS}
+            versions = {bits: copy_sharing_vectors(layer) for bits in BITS}
             for tensor in self.spec.block_matrices(index):
                 weight = torch.from_numpy(read_tensor(directory, tensor)).to(self._embedded[0].device)
                 path = tensor.name.removeprefix(f"model.layers.{index}.").removesuffix(".weight")
@@ -97,6 +97,10 @@ class Game:
             progress(1)
         weights = sum(t.weights for i in range(self.spec.n_blocks) for t in self.spec.block_matrices(i))
         return bits_used[2] / weights, bits_used[4] / weights
+
+    def use_blocks(self, layers: Sequence[dict[Bits, torch.nn.Module]]) -> None:
+        """Play with given versions of every block instead of quantising any."""
+        self._layers = list(layers)
 
     @torch.inference_mode()
     def losses(self, coalition: Coalition) -> NDArray[np.float64]:
@@ -164,7 +168,7 @@ def _shared_prefix(one: Coalition, other: Coalition) -> int:
     return length
 
 
-def _copy_sharing_vectors(layer: torch.nn.Module) -> torch.nn.Module:
+def copy_sharing_vectors(layer: torch.nn.Module) -> torch.nn.Module:
     """Copy a block; norms, biases and the configuration are shared, only the matrices are new."""
     shared = {id(p): p for p in layer.parameters() if p.dim() == 1}
     configs = {id(m.config): m.config for m in layer.modules() if hasattr(m, "config")}
