@@ -17,7 +17,6 @@ from impq_edge import console
 from impq_edge.errors import (
     EXIT_BAD_INPUT,
     EXIT_CHECK_FAILED,
-    EXIT_INTERRUPTED,
     AllocationError,
     ImpqError,
 )
@@ -40,6 +39,7 @@ devices_app = typer.Typer(help="The devices that are known, and what they have."
 app.add_typer(devices_app, name="devices")
 
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|KiB|MB|MiB|GB|GiB)?", re.IGNORECASE)
+_BITS = re.compile(r"\d{1,3}(?:\.\d{1,9}|/[1-9]\d{0,5})?")
 _UNITS = {"b": 1, "kb": 10**3, "kib": 2**10, "mb": 10**6, "mib": 2**20, "gb": 10**9, "gib": 2**30}
 
 Model = Annotated[str, typer.Option(help="`demo`, a checkpoint directory, or a hub id such as `org/name`.")]
@@ -47,11 +47,11 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a h
 Device = Annotated[str, typer.Option(help="A name from `impq-edge devices`, or a TOML file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Backend = Annotated[Literal["kquant", "hqq"], typer.Option(help="What quantises the blocks in the game.")]
-Permutations = Annotated[int, typer.Option(help="Walks from all-4-bit to all-2-bit; the paper: 100.")]
-Tokens = Annotated[int, typer.Option(help="Calibration tokens per evaluation, in windows of 512.")]
+Permutations = Annotated[int, typer.Option(min=1, help="Walks from all-4-bit to all-2-bit; the paper: 100.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Calibration tokens per evaluation, in windows of 512.")]
 Calibration = Annotated[Path | None, typer.Option(help="Calibration text, UTF-8; a short one ships.")]
-Seed = Annotated[int, typer.Option(help="Seed of the permutations.")]
-Context = Annotated[int | None, typer.Option(help="Tokens the KV cache must hold; the device's default.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the permutations.")]
+Context = Annotated[int | None, typer.Option(min=1, help="Tokens the KV cache must hold; the device's default.")]
 KvType = Annotated[Literal["f16", "q8_0"] | None, typer.Option(help="Type of the KV cache; the device's default.")]
 Budget = Annotated[str | None, typer.Option(help="Largest file, such as `900MiB`.")]
 AverageBits = Annotated[str | None, typer.Option(help="Highest nominal bits of the blocks on average, 2 to 4.")]
@@ -59,7 +59,7 @@ Alpha = Annotated[float, typer.Option(help="Damping of interactions: 0 none, 1 d
 HeadType = Annotated[Literal["q6_k", "q8_0", "q4_k", "f16"], typer.Option(help="Type of embedding and head.")]
 AllowFallback = Annotated[bool, typer.Option(help="Build although some rows hold no K-quants.")]
 Text = Annotated[Path | None, typer.Option(help="Evaluation text, UTF-8; a short one ships.")]
-Windows = Annotated[int, typer.Option(help="Windows of 512 tokens to score.")]
+Windows = Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to score.")]
 Compute = Annotated[Literal["cuda", "cpu"] | None, typer.Option(help="Where the game runs; CUDA when there is one.")]
 
 
@@ -178,7 +178,7 @@ def convert(
     head_type: HeadType = "q6_k",
     revision: Revision = None,
     allow_fallback: AllowFallback = False,
-    threads: Annotated[int | None, typer.Option(help="Threads of the encoder; all cores.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of the encoder; all cores.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write one GGUF straight from safetensors.
@@ -242,7 +242,10 @@ def build(
     tokens: Tokens = 4096,
     calibration: Calibration = None,
     seed: Seed = 0,
-    profile: Annotated[str | None, typer.Option(help="A finished sensitivity profile, file or shipped name.")] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(help="A finished sensitivity profile, file or shipped name; the game's options are then unused."),
+    ] = None,
     context: Context = None,
     kv_type: KvType = None,
     budget: Budget = None,
@@ -314,9 +317,11 @@ def main() -> None:
     except ImpqError as error:
         console.fail(str(error))
         sys.exit(EXIT_BAD_INPUT)
-    except KeyboardInterrupt:
-        console.say("Interrupted; finished work is kept, run the same command again to go on.")
-        sys.exit(EXIT_INTERRUPTED)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] == "impq_edge":
+            raise
+        console.fail(f"{error.name} is not installed, which this command needs; pip install 'impq-edge[workstation]'.")
+        sys.exit(EXIT_BAD_INPUT)
 
 
 def _show_validation(report: "ValidationReport") -> None:
@@ -370,10 +375,9 @@ def _bytes(text: str | None) -> int | None:
 def _fraction(text: str | None) -> Fraction | None:
     if text is None:
         return None
-    try:
-        return Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        raise AllocationError(f"--average-bits {text!r} is not a number; write it like 3 or 2.75.") from None
+    if _BITS.fullmatch(text.strip()) is None:
+        raise AllocationError(f"--average-bits {text!r} is not a number; write it like 3, 2.75 or 8/3.")
+    return Fraction(text.strip())
 
 
 def _command_line() -> str:

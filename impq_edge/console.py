@@ -61,8 +61,12 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
             if done >= total:  # the next use of the name is a new phase
                 bars.remove_task(tasks.pop(phase))
 
-        yield advance
+        try:
+            yield advance
+        except KeyboardInterrupt:
+            say("Interrupted; finished work is kept, run the same command again to go on.")
+            raise
 
 
 def _looks_numeric(cell: str) -> bool:
-    return bool(cell) and (cell[0].isdigit() or cell in {"–", ""}) and len(cell.split()) <= 3
+    return bool(cell) and (cell[0] in "+-0123456789" or cell in {"–", ""}) and len(cell.split()) <= 3

@@ -61,7 +61,7 @@ class Record:
         text = read_text(path)
         try:
             data = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # also integers of thousands of digits
             raise RecordError(f"{path} is not JSON ({error}); write it anew with the stage that makes it.") from None
         found = data.get("schema") if isinstance(data, dict) else None
         if found != cls.SCHEMA:
@@ -89,7 +89,7 @@ def load_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file a user may have written by hand."""
     try:
         return tomllib.loads(read_text(path))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"{path} is not TOML ({error}); correct that line.") from None
 
 
@@ -118,7 +118,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
     RecordError
         When the directory cannot be written or the disk is full.
     """
+    if not path.name or path.is_dir():
+        raise RecordError(f"{path} is a directory; give the name of a file to write.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    made = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(path)
@@ -129,7 +132,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise _write_error(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the name itself may be what is wrong
+            temporary.unlink(missing_ok=True)
+        for folder in made:  # those that stayed empty
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def _remove_stale(path: Path) -> None:
@@ -151,7 +158,8 @@ def _is_running(pid: int) -> bool:
 
 
 def _write_error(path: Path, error: OSError) -> ImpqError:
-    if error.errno in {errno.ENOSPC, errno.EDQUOT, None}:  # numpy's tofile raises a short write without a number
+    short_write = error.errno is None and " written" in str(error)  # numpy's tofile gives no number
+    if short_write or error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return RecordError(f"The disk that holds {path} is full; free some space and run the same command again.")
     return RecordError(f"{path} cannot be written: {error.strerror or error}; choose another output path.")
 

@@ -1,5 +1,6 @@
 """The stages as functions: records in, records out. What the command line calls, and notebooks may."""
 
+import dataclasses
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -10,9 +11,9 @@ from impq_edge.conversion.tokenizer import Tokenizer, read_tokenizer
 from impq_edge.conversion.writer import Recipe, file_bytes, header_bytes, write_gguf
 from impq_edge.data import data_path
 from impq_edge.devices.profile import DeviceProfile, KvType, load_device
-from impq_edge.errors import ConversionError, SensitivityError
+from impq_edge.errors import AllocationError, ConversionError, SensitivityError
 from impq_edge.ggml.types import TensorType
-from impq_edge.impq.allocate import Request, allocate_blocks
+from impq_edge.impq.allocate import Request, allocate_blocks, require_feasible
 from impq_edge.impq.allocation import BLOCK_TYPES, Allocation
 from impq_edge.model.calibration import Windows, read_windows
 from impq_edge.model.recipe import TensorTypes, data_bytes, fallbacks, require_no_fallback, tensor_types
@@ -74,28 +75,29 @@ def profile(
     ImpqError
         One sentence for whatever cannot be used; see the subclasses in :mod:`impq_edge.errors`.
     """
+    chosen = load_backend(backend)
+    require_game(permutations, seed)
+    device = require_compute(compute)
     directory, spec = open_model(model, revision, progress)
     require_rows(spec, allow_fallback)
+    tokenizer = _tokenizer(directory, spec)
     windows = calibration_windows(directory, calibration, tokens, window_tokens)
-    chosen = load_backend(backend)
-    settings = game_settings(
-        backend, chosen, windows, n_permutations=permutations, seed=seed, device=compute or best_compute()
-    )
+    settings = game_settings(backend, chosen, windows, n_permutations=permutations, seed=seed, device=device)
     if out.exists():
         found = SensitivityProfile.load(out)
-        if found.model == spec and found.settings == settings:
+        if found.model.content_sha256 == spec.content_sha256 and found.settings == settings:
             return found
         raise SensitivityError(f"{out} is a profile of other inputs; give another -o, or delete it to make it anew.")
     journal = out.with_name(f"{out.name}.journal")
-    header = header_bytes(spec, _tokenizer(directory, spec))
+    header = header_bytes(spec, tokenizer)
     measured = estimate_sensitivity(directory, spec, header, chosen, windows, settings, journal, progress)
     measured.profile.save(out)
-    journal.unlink()
+    journal.unlink(missing_ok=True)
     return measured.profile
 
 
 def allocate(
-    profile: SensitivityProfile | Path,
+    profile: SensitivityProfile | Path | str,
     *,
     device: DeviceProfile | str,
     context_tokens: int | None = None,
@@ -128,18 +130,12 @@ def allocate(
     AllocationError
         When the model does not fit even with every block at 2 bit.
     """
-    found = load_profile(profile) if isinstance(profile, Path) else profile
-    target = load_device(device) if isinstance(device, str) else device
+    found = profile if isinstance(profile, SensitivityProfile) else load_profile(profile)
     estimate = found.estimate()
-    request = Request(
-        device=target,
-        context_tokens=context_tokens or target.context_tokens,
-        kv_type=kv_type or target.kv_type,
-        file_budget_bytes=budget_bytes,
-        average_bits=None if average_bits is None else Fraction(average_bits).limit_denominator(10**6),
-        alpha=alpha,
-        outer_type=TensorType(outer_type),
-    )
+    request = allocation_request(
+        device, context_tokens=context_tokens, kv_type=kv_type, budget_bytes=budget_bytes, average_bits=average_bits,
+        alpha=alpha, outer_type=outer_type,
+    )  # fmt: skip
     allocation = allocate_blocks(
         found.model, found.header_bytes, estimate.phi, estimate.covariance, found.identity(), request
     )
@@ -149,11 +145,58 @@ def allocate(
     return allocation
 
 
+def allocation_request(
+    device: DeviceProfile | str,
+    *,
+    context_tokens: int | None,
+    kv_type: KvType | None,
+    budget_bytes: int | None,
+    average_bits: float | Fraction | None,
+    alpha: float,
+    outer_type: TensorType | str,
+) -> Request:
+    """Fill in the device's defaults; arguments as for :func:`allocate`."""
+    target = load_device(device) if isinstance(device, str) else device
+    if outer_type not in OUTER_TYPES:
+        raise AllocationError(f"--head-type {outer_type!r} is not one of {', '.join(OUTER_TYPES)}.")
+    if average_bits is not None and not 0 < average_bits < 100:  # NaN included
+        raise AllocationError(f"--average-bits {average_bits} is outside 2…4, the bits of the two versions of a block.")
+    return Request(
+        device=target,
+        context_tokens=target.context_tokens if context_tokens is None else context_tokens,
+        kv_type=kv_type or target.kv_type,
+        file_budget_bytes=budget_bytes,
+        average_bits=None if average_bits is None else Fraction(average_bits).limit_denominator(10**6),
+        alpha=alpha,
+        outer_type=TensorType(outer_type),
+    )
+
+
+def require_allocatable(source: Source, spec: ModelSpec, request: Request) -> None:
+    """Refuse what no allocation can meet, before a game is played for it; ``source`` has been fetched."""
+    assert source.directory is not None
+    require_feasible(spec, header_bytes(spec, _tokenizer(source.directory, spec)), request)
+
+
+def require_game(permutations: int, seed: int) -> None:
+    """Refuse settings of the game that mean nothing.
+
+    Raises
+    ------
+    SensitivityError
+        When fewer than one permutation is asked for, or the seed is negative.
+    """
+    if permutations < 1:
+        raise SensitivityError(f"--permutations {permutations} is too few; ask for 1 or more (the paper: 100).")
+    if seed < 0:
+        raise SensitivityError(f"--seed {seed} is negative; give 0 or more.")
+
+
 def convert(
     model: str | Source = DEMO,
     *,
-    out: Path,
-    allocation: Allocation | Path | None = None,
+    out: Path | str,
+    allocation: Allocation | Path | str | None = None,
     type: TensorType | str | None = None,
     outer_type: TensorType | str = TensorType.Q6_K,
     revision: str | None = None,
@@ -175,10 +218,14 @@ def convert(
     """
     if (allocation is None) == (type is None):
         raise ConversionError("Give either --allocation FILE or --type TYPE: what to store the blocks in.")
+    if threads is not None and threads < 1:
+        raise ConversionError(f"--threads {threads} is too few; ask for 1 or more.")
+    out = Path(out)
     directory, spec = open_model(model, revision, progress)
     if allocation is not None:
-        found = Allocation.load(allocation) if isinstance(allocation, Path) else allocation
+        found = allocation if isinstance(allocation, Allocation) else Allocation.load(Path(allocation))
         found.check(spec)
+        spec = dataclasses.replace(spec, name=found.model_name)  # the file's size counts its name
         require_rows(spec, allow_fallback, found.outer_type)
         types: TensorTypes = found.tensor_types
         allocation_sha256: str | None = found.identity()
@@ -194,6 +241,11 @@ def convert(
         allocation_sha256, recipe = None, {"type": str(kind)}
     tokenizer = _tokenizer(directory, spec)
     predicted = file_bytes(spec, tokenizer, types)
+    if allocation is not None and predicted != found.predicted_file_bytes:
+        raise ConversionError(
+            f"The file would take {predicted} bytes, not the {found.predicted_file_bytes} of the allocation, which "
+            "another version of impq-edge made; make profile and allocation anew."
+        )
     advance = _mebibytes("writing, MiB", data_bytes(spec, types), progress)
     written = write_gguf(
         directory, spec, tokenizer, types, out,
@@ -282,8 +334,16 @@ def _mebibytes(phase: str, total_bytes: int, progress: Progress) -> Callable[[in
     return advance
 
 
-def best_compute() -> str:
-    """Return ``"cuda"`` where there is a GPU, else ``"cpu"``."""
+def require_compute(compute: str | None) -> str:
+    """Return where the game is played: what was asked for, else CUDA where there is a GPU.
+
+    Raises
+    ------
+    SensitivityError
+        When CUDA is asked for and there is none.
+    """
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if compute == "cuda" and not torch.cuda.is_available():
+        raise SensitivityError("--compute cuda was asked for, but PyTorch sees no GPU; use --compute cpu.")
+    return compute or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -55,12 +55,9 @@ def allocate_blocks(
         When the model does not fit even with every block at 2 bit (says the smallest budget that
         works), or a setting is out of range.
     """
-    _require_sane(request)
-    sizes = _Sizes(spec, header_bytes, request)
-    constraints = tuple(sizes.constraints())
+    sizes, constraints = _feasible(spec, header_bytes, request)
     linear, quadratic = published_objective(phi, covariance, request.alpha)
     problem = Problem(tuple(linear.tolist()), tuple(map(tuple, quadratic.tolist())), constraints)
-    sizes.require_all_2_bit_fits(constraints)
     demoted: tuple[int, ...] = (0,) * spec.n_blocks
     solution = None if problem.is_feasible(demoted) else solve(problem)
     demoted = solution.demoted if solution else demoted
@@ -88,6 +85,25 @@ def allocate_blocks(
         average_bits=average_bits(spec, bits),
         bits_per_weight=8 * file_bytes / spec.weights,
     )
+
+
+def require_feasible(spec: ModelSpec, header_bytes: int, request: Request) -> None:
+    """Refuse a request that no allocation can meet, before anything expensive is done for it.
+
+    Raises
+    ------
+    AllocationError
+        As :func:`allocate_blocks`.
+    """
+    _feasible(spec, header_bytes, request)
+
+
+def _feasible(spec: ModelSpec, header_bytes: int, request: Request) -> "tuple[_Sizes, tuple[Constraint, ...]]":
+    _require_sane(request)
+    sizes = _Sizes(spec, header_bytes, request)
+    constraints = tuple(sizes.constraints())
+    sizes.require_all_2_bit_fits(constraints)
+    return sizes, constraints
 
 
 class _Sizes:

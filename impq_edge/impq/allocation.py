@@ -8,7 +8,7 @@ from impq_edge.devices.profile import KvType
 from impq_edge.errors import AllocationError
 from impq_edge.ggml.types import TensorType
 from impq_edge.impq.problem import Problem
-from impq_edge.model.recipe import data_bytes
+from impq_edge.model.recipe import data_bytes, tensor_types
 from impq_edge.model.spec import ModelSpec
 from impq_edge.records import Record
 
@@ -65,12 +65,19 @@ class Allocation(Record):
                 f"The allocation was made for {self.model_name} ({self.model_sha256[:12]}…), not for these weights "
                 f"({spec.content_sha256[:12]}…); allocate again from a profile of this model."
             )
-        size = self.header_bytes + data_bytes(spec, self.tensor_types)
+        n_blocks = spec.n_blocks
+        lengths = {len(self.block_bits), len(self.problem.linear), len(self.problem.quadratic)}
+        lengths |= {len(row) for row in self.problem.quadratic} | {len(c.costs) for c in self.problem.constraints}
+        if lengths != {n_blocks} or not set(self.block_bits) <= BLOCK_TYPES.keys():
+            raise AllocationError(f"The allocation is not one of 2 or 4 bit for {n_blocks} blocks; allocate again.")
+        types = tensor_types(spec, [BLOCK_TYPES[bits] for bits in self.block_bits], self.outer_type)
+        size = self.header_bytes + data_bytes(spec, types)
         claims = {
-            "number of blocks": (len(self.block_bits), spec.n_blocks),
+            "tensor_types": (self.tensor_types == types, True),
             "predicted_file_bytes": (self.predicted_file_bytes, size),
+            "bits_per_weight": (self.bits_per_weight, 8 * size / spec.weights),
             "average_bits": (self.average_bits, average_bits(spec, self.block_bits)),
-            "feasibility": (self.problem.is_feasible(self.demoted), True),
+            "feasibility": (self.problem.is_feasible(self.demoted) and size <= self.budget_bytes, True),
         }
         for name, (claimed, found) in claims.items():
             if claimed != found:

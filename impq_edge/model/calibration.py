@@ -14,6 +14,9 @@ from impq_edge.records import read_text
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+_CHARACTERS_PER_TOKEN = 8  # a first guess; English has about four
+_UNSURE_TOKENS = 256  # no word is that long
+
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
@@ -51,7 +54,7 @@ def read_windows(directory: Path, text: Path, tokens: int, window_tokens: int) -
         raise ModelError(f"--tokens {tokens} is less than one window of {window_tokens}; ask for more tokens.")
     content = read_text(text)
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    ids = np.array(tokenizer.encode(content, add_special_tokens=False).ids, dtype=np.int64)
+    ids = _first_ids(tokenizer, content, tokens)
     count = min(tokens, len(ids)) // window_tokens
     if count == 0:
         raise ModelError(f"{text} has {len(ids)} tokens, less than one window of {window_tokens}; use a longer text.")
@@ -60,6 +63,16 @@ def read_windows(directory: Path, text: Path, tokens: int, window_tokens: int) -
     if bos is not None:
         windows[:, 0] = bos
     return Windows(windows, hashlib.sha256(content.encode()).hexdigest())
+
+
+def _first_ids(tokenizer: "Tokenizer", content: str, tokens: int) -> NDArray[np.int64]:
+    """Tokenise no more of a long text than is needed; the last tokens before a cut may be wrong and are dropped."""
+    characters = _CHARACTERS_PER_TOKEN * tokens
+    while True:
+        ids = tokenizer.encode(content[:characters], add_special_tokens=False).ids
+        if characters >= len(content) or len(ids) >= tokens + _UNSURE_TOKENS:
+            return np.array(ids, dtype=np.int64)
+        characters *= 2
 
 
 def _bos_id(tokenizer: "Tokenizer") -> int | None:

@@ -117,7 +117,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise ModelError(f"{path.parent} has no config.json; pass a checkpoint directory laid out as on the hub.")
     try:
         config = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not JSON ({error}); download the checkpoint again.") from None
     if not isinstance(config, dict):
         raise ModelError(f"{path} holds a {type(config).__name__}, not an object; download the checkpoint again.")
@@ -169,6 +169,8 @@ def _tensor(name: str, shape: tuple[int, ...], shard: str, names: TensorNameMap)
 
 def _shards(directory: Path) -> list[str]:
     """Return the file names of all shards, complete, without following any path out of the directory."""
+    if (directory / "model.safetensors").exists():  # what transformers prefers where both are there
+        return ["model.safetensors"]
     index = directory / "model.safetensors.index.json"
     if index.exists():
         weight_map = _read_config(index).get("weight_map")
@@ -190,11 +192,13 @@ def _shards(directory: Path) -> list[str]:
             )
         raise ModelError(f"{directory} holds no .safetensors file; pass a checkpoint laid out as on the hub.")
     numbered = re.fullmatch(r"model-\d{5}-of-(\d{5})\.safetensors", shards[0])
-    if len(shards) > 1 and "model.safetensors" in shards:  # some repositories add other exports beside it
-        return ["model.safetensors"]
-    if numbered and len(shards) != int(numbered[1]):
+    if numbered is None:
+        raise ModelError(
+            f"{directory} has no model.safetensors and no index, but {shards[0]}; rename it as the hub does."
+        )
+    if len(shards) != int(numbered[1]):
         raise ModelError(f"{directory} has {len(shards)} of {int(numbered[1])} shards; download the checkpoint again.")
-    return shards
+    raise ModelError(f"{directory} has shards but no model.safetensors.index.json; download the checkpoint again.")
 
 
 def _headers(path: Path) -> dict[str, tuple[int, ...]]:
@@ -210,9 +214,9 @@ def _headers(path: Path) -> dict[str, tuple[int, ...]]:
                         "start from an unquantised checkpoint."
                     )
             return {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ModelError(
-            f"Shard {path.name} of {path.parent} is truncated or malformed ({error}); download it again."
+            f"Shard {path.name} of {path.parent} is truncated, malformed or unreadable ({error}); download it again."
         ) from None
 
 

@@ -14,33 +14,38 @@ from impq_edge.conversion.artifact import Artifact
 from impq_edge.data import data_path
 from impq_edge.devices.memory import MemoryPlan, memory_plan
 from impq_edge.devices.profile import DeviceProfile, KvType, load_device
-from impq_edge.errors import BackendError, RecordError
+from impq_edge.errors import BackendError, RecordError, ValidationError
+from impq_edge.impq.allocate import Request
 from impq_edge.impq.allocation import BLOCK_TYPES, Allocation
+from impq_edge.model.recipe import tensor_types
 from impq_edge.model.source import DEMO, Source, find
 from impq_edge.model.spec import ModelSpec
-from impq_edge.records import Record, atomic_path, sha256_file
+from impq_edge.records import Record, atomic_path, read_text
 from impq_edge.releases.preview import Preview, preview
 from impq_edge.releases.report import Comparison, render
 from impq_edge.spqe.journal import to_text
 from impq_edge.spqe.profile import SensitivityProfile
-from impq_edge.spqe.run import measure_coalitions
+from impq_edge.spqe.run import COMPUTE_DTYPES, measure_coalitions
 from impq_edge.spqe.sampling import Coalition, uniform
 from impq_edge.stages import (
     DEFAULT_PERMUTATIONS,
     DEFAULT_TOKENS,
     DEFAULT_WINDOW_TOKENS,
     allocate,
-    best_compute,
+    allocation_request,
     calibration_windows,
     convert,
     load_profile,
     open_model,
     profile,
     record_path,
+    require_allocatable,
+    require_compute,
+    require_game,
     require_rows,
 )
 from impq_edge.validation.report import ValidationReport
-from impq_edge.validation.validate import DEFAULT_WINDOWS, FILL_S, validate
+from impq_edge.validation.validate import DEFAULT_WINDOWS, FILL_S, MIN_CONTEXT_TOKENS, request_sha256, validate
 
 Progress = Callable[[str, int, int], None]
 Say = Callable[[str], None]
@@ -68,6 +73,7 @@ class BackendLosses(Record):
     SCHEMA: ClassVar[str] = "impq-edge.backend-losses/1"
 
     allocation_sha256: str
+    profile_sha256: str
     coalitions: tuple[str, ...]  # the mix, all at 4 bit, all at 2 bit
     backend: tuple[float, ...]  # nats per token
     kquant: tuple[float, ...]  # nats per token
@@ -125,13 +131,21 @@ def build(
     target = load_device(device) if isinstance(device, str) else device
     if backend not in NAMES:
         raise BackendError(f"Backend {backend!r} is unknown; choose one of {', '.join(NAMES)}.")
+    require_game(permutations, seed)
+    compute = require_compute(compute)
+    request = allocation_request(
+        target, context_tokens=context_tokens, kv_type=kv_type, budget_bytes=budget_bytes, average_bits=average_bits,
+        alpha=alpha, outer_type=outer_type,
+    )  # fmt: skip
+    text_path = text or data_path("demo", "evaluation.txt")
+    _require_measurable(text_path, windows, request)
     source = find(model, revision)
     say(f"Model: {source.summary()}.")
     directory, spec = open_model(source, progress=progress)
     source = dataclasses.replace(source, directory=directory)
     require_rows(spec, allow_fallback)
+    require_allocatable(source, spec, request)
     profile_path = out / "sensitivity.json"
-    text_path = text or data_path("demo", "evaluation.txt")
     done = sensitivity is not None or profile_path.exists()
     cost = _preview(spec, 0 if done else permutations, tokens, windows, compute)
     say(_told(cost, out))
@@ -139,6 +153,7 @@ def build(
     if sensitivity is not None:
         found = load_profile(sensitivity)
         _require_same_model(found, spec, sensitivity)
+        _require_same_text(found, directory, calibration, sensitivity)
     else:
         found = profile(
             source, out=profile_path, backend=backend, permutations=permutations, tokens=tokens,
@@ -151,7 +166,7 @@ def build(
     _tell_allocation(allocation, say)
 
     def finish(name: str, bits: int | None) -> tuple[Artifact, ValidationReport]:
-        artifact = _converted(source, out / name, allocation, bits, allow_fallback, progress)
+        artifact = _converted(source, spec, out / name, allocation, bits, allow_fallback, progress)
         # The device's memory check, which fills the whole context, is for the file that ships.
         fill_s = FILL_S if bits is None else 0.0
         report = _validated(out / name, artifact, target, allocation, text_path, windows, fill_s, progress)
@@ -196,14 +211,14 @@ def summary(made: Build) -> dict[str, object]:
     }
 
 
-def _preview(spec: ModelSpec, permutations: int, tokens: int, windows: int, compute: str | None) -> Preview:
+def _preview(spec: ModelSpec, permutations: int, tokens: int, windows: int, compute: str) -> Preview:
     return preview(
         spec,
         evaluations=permutations * (spec.n_blocks - 1) + 2 if permutations else 0,
         tokens=tokens,
         validation_tokens=windows * DEFAULT_WINDOW_TOKENS,
         files=3,
-        compute=compute or best_compute(),
+        compute=compute,
     )
 
 
@@ -237,20 +252,48 @@ def _require_same_model(found: SensitivityProfile, spec: ModelSpec, path: Path) 
         )
 
 
+def _require_same_text(found: SensitivityProfile, directory: Path, calibration: Path | None, path: Path) -> None:
+    """Another backend's losses are compared on the profile's own text, so that must be at hand."""
+    if found.settings.backend["name"] == "kquant":
+        return
+    windows = calibration_windows(directory, calibration, found.settings.tokens, found.settings.window_tokens)
+    if windows.text_sha256 != found.settings.text_sha256:
+        raise RecordError(f"{path} was made on another calibration text than this; give that text with --calibration.")
+
+
+def _require_measurable(text: Path, windows: int, request: Request) -> None:
+    """Refuse what validation would only refuse at the end."""
+    read_text(text)
+    if windows < 1:
+        raise ValidationError(f"--windows {windows} is too few; ask for 1 or more.")
+    if request.context_tokens < MIN_CONTEXT_TOKENS:
+        raise ValidationError(
+            f"--context {request.context_tokens} is too short to be measured; ask for {MIN_CONTEXT_TOKENS} or more."
+        )
+
+
 def _file_name(spec: ModelSpec, allocation: Allocation) -> str:
     return f"{spec.name}-{Path(allocation.device).name}-IMPQ-{allocation.bits_per_weight:.2f}bpw.gguf"
 
 
 def _converted(
-    source: Source, path: Path, allocation: Allocation, bits: int | None, allow_fallback: bool, progress: Progress
+    source: Source,
+    spec: ModelSpec,
+    path: Path,
+    allocation: Allocation,
+    bits: int | None,
+    allow_fallback: bool,
+    progress: Progress,
 ) -> Artifact:
     """Write the mix (``bits`` None) or a uniform file, unless it is there already."""
+    blocks = [BLOCK_TYPES[b] for b in (allocation.block_bits if bits is None else (bits,) * spec.n_blocks)]
+    types = tensor_types(spec, blocks, allocation.outer_type)
     record = record_path(path)
     if record.exists():
         found = Artifact.load(record)
         wanted = allocation.identity() if bits is None else None
         same = found.model_sha256 == allocation.model_sha256 and found.allocation_sha256 == wanted
-        if same and found.is_intact(path.parent):
+        if same and found.tensor_types == types and found.is_intact(path.parent):
             return found
     if bits is None:
         return convert(source, out=path, allocation=allocation, allow_fallback=allow_fallback, progress=progress)
@@ -271,15 +314,14 @@ def _validated(
     progress: Progress,
 ) -> ValidationReport:
     """Measure a file, unless the record of the same measurement is there already."""
+    context_tokens, kv_type = allocation.context_tokens, allocation.kv_type
+    wanted = request_sha256(
+        device, text, windows=windows, context_tokens=context_tokens, kv_type=kv_type, fill_s=fill_s
+    )
     record = path.with_name(f"{path.name}.validation.json")
     if record.exists():
         found = ValidationReport.load(record)
-        made_from = (found.sha256, found.device, found.text_sha256, len(found.window_nlls))
-        settings = (found.settings.context_tokens, found.settings.kv_type)
-        if made_from == (artifact.sha256, device.name, sha256_file(text), windows) and settings == (
-            allocation.context_tokens,
-            allocation.kv_type,
-        ):
+        if found.sha256 == artifact.sha256 and found.request_sha256 == wanted:
             return found
     report = validate(
         path, device=device, text=text, windows=windows, context_tokens=allocation.context_tokens,
@@ -302,20 +344,26 @@ def _backend_losses(
     if name == "kquant":
         return None
     path = out / "backend-losses.json"
-    if path.exists() and (kept := BackendLosses.load(path)).allocation_sha256 == allocation.identity():
-        return kept
+    if path.exists():
+        kept = BackendLosses.load(path)
+        if (kept.allocation_sha256, kept.profile_sha256) == (allocation.identity(), found.identity()):
+            return kept
+    device = require_compute(None)
+    settings = dataclasses.replace(found.settings, device=device, dtype=COMPUTE_DTYPES[device])
     n_blocks = found.model.n_blocks
     mix: Coalition = tuple(4 if bits == 4 else 2 for bits in allocation.block_bits)
     coalitions = [mix, uniform(4, n_blocks), uniform(2, n_blocks)]
     windows = calibration_windows(directory, calibration, found.settings.tokens, found.settings.window_tokens)
     measured = {
-        each: measure_coalitions(
-            directory, found.model, load_backend(each), windows, found.settings, coalitions, progress
-        )
+        each: measure_coalitions(directory, found.model, load_backend(each), windows, settings, coalitions, progress)
         for each in (name, "kquant")
     }
     losses = BackendLosses(
-        allocation.identity(), tuple(map(to_text, coalitions)), tuple(measured[name]), tuple(measured["kquant"])
+        allocation.identity(),
+        found.identity(),
+        tuple(map(to_text, coalitions)),
+        tuple(measured[name]),
+        tuple(measured["kquant"]),
     )
     losses.save(path)
     return losses

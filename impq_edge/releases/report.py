@@ -84,8 +84,7 @@ def _quality(c: Comparison) -> str:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for name, (artifact, report) in rows:
-        difference, error = paired_difference(report, reference)
-        against = "–" if report is reference else f"{difference:+.4f} ± {error:.4f}"
+        against = "–" if report is reference else _difference(report, reference)
         lines.append(
             f"| {name} | {artifact.file_bytes:,} | {artifact.bits_per_weight:.2f} | {_perplexity(report)} | {against} "
             f"| {report.prompt_tok_per_s:.1f} ± {report.prompt_sd_tok_per_s:.1f} "
@@ -98,6 +97,13 @@ def _quality(c: Comparison) -> str:
         "machine that validated, with standard deviations over repetitions.",
     ]
     return "\n".join(lines)
+
+
+def _difference(report: ValidationReport, reference: ValidationReport) -> str:
+    if report.perplexity is None or reference.perplexity is None:
+        return "not finite"
+    difference, error = paired_difference(report, reference)
+    return f"{difference:+.4f} ± {error:.4f}"
 
 
 def _perplexity(report: ValidationReport) -> str:

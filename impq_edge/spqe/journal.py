@@ -36,13 +36,15 @@ class Journal:
     def __init__(self, path: Path, inputs: Mapping[str, Any]) -> None:
         self.path = path
         self.losses: dict[Coalition, NDArray[np.float64]] = {}
+        self._header: dict[str, Any] | None = {"schema": _SCHEMA, **inputs}  # written with the first losses
         if path.exists():
             self._resume(dict(inputs))
-        else:
-            self._append({"schema": _SCHEMA, **inputs})
 
     def add(self, coalition: Coalition, losses: NDArray[np.float64]) -> None:
         """Keep the losses of a coalition's windows, shape (windows,); on disk when this returns."""
+        if self._header is not None:
+            self._append(self._header)
+            self._header = None
         self._append({"coalition": to_text(coalition), "losses": losses.tolist()})
         self.losses[coalition] = losses
 
@@ -59,11 +61,12 @@ class Journal:
             raise RecordError(f"{self.path} cannot be written: {error.strerror}; free space or choose -o.") from error
 
     def _resume(self, inputs: dict[str, Any]) -> None:
-        intact, lines = _intact_lines(read_text(self.path))
+        intact, lines = _intact_lines(self.path, read_text(self.path))
+        with self.path.open("rb+") as file:  # a torn last line would otherwise swallow the next one
+            file.truncate(intact)
         if not lines:  # killed while the very first line was written
-            self.path.unlink()
-            self._append({"schema": _SCHEMA, **inputs})
             return
+        self._header = None
         found = lines[0]
         changed = sorted(key for key in {*found, *inputs} - {"schema"} if found.get(key) != inputs.get(key))
         if changed or found.get("schema") != _SCHEMA:
@@ -72,8 +75,6 @@ class Journal:
                 f"{self.path} was started with {key} = {found.get(key)!r}, not {inputs.get(key)!r}; "
                 "give the same settings, or delete that file to start anew."
             )
-        with self.path.open("rb+") as file:  # a torn last line would otherwise swallow the next one
-            file.truncate(intact)
         for line in lines[1:]:
             self.losses[from_text(line["coalition"])] = np.array(line["losses"], dtype=np.float64)
 
@@ -88,14 +89,18 @@ def from_text(text: str) -> Coalition:
     return tuple(4 if digit == "4" else 2 for digit in text)
 
 
-def _intact_lines(text: str) -> tuple[int, list[dict[str, Any]]]:
-    """Return the leading lines whose checksums hold, and how many bytes they take."""
+def _intact_lines(path: Path, text: str) -> tuple[int, list[dict[str, Any]]]:
+    """Return the whole lines, and how many bytes they take; only a last one without its end may be torn."""
     lines: list[dict[str, Any]] = []
     intact_bytes = 0
     for line in text.splitlines(keepends=True):
         checksum, _, body = line.rstrip("\n").partition(" ")
-        if not line.endswith("\n") or checksum != f"{zlib.crc32(body.encode()):08x}":
+        if not line.endswith("\n"):
             break
+        if checksum != f"{zlib.crc32(body.encode()):08x}":
+            raise SensitivityError(
+                f"Line {len(lines) + 1} of {path} is damaged, or the file is no journal; delete it to start anew."
+            )
         lines.append(json.loads(body))
         intact_bytes += len(line.encode())
     return intact_bytes, lines

@@ -36,15 +36,7 @@ class Measured:
 def game_settings(
     backend_name: str, backend: Backend, windows: Windows, *, n_permutations: int, seed: int, device: str
 ) -> GameSettings:
-    """Gather everything besides the model that the losses depend on.
-
-    Raises
-    ------
-    SensitivityError
-        When no permutation is asked for.
-    """
-    if n_permutations < 1:
-        raise SensitivityError(f"--permutations {n_permutations} is too few; ask for 1 or more (the paper: 100).")
+    """Gather everything besides the model that the losses depend on."""
     return GameSettings(
         backend=describe(backend_name, backend),
         text_sha256=windows.text_sha256,
@@ -79,8 +71,14 @@ def estimate_sensitivity(
     """
     orders = permutations(spec.n_blocks, settings.permutations, settings.seed)
     journal = Journal(journal_path, {"model": spec.content_sha256, **dataclasses.asdict(settings)})
-    game, reference, bits = _prepare(directory, spec, backend, windows, settings, progress)
-    _evaluate(game, evaluation_order(orders), journal, progress)
+    try:
+        game, reference, bits = _prepare(directory, spec, backend, windows, settings, progress)
+        _evaluate(game, evaluation_order(orders), journal, progress)
+    except torch.OutOfMemoryError as error:
+        raise SensitivityError(
+            f"The GPU's memory is too small for this model and {settings.tokens} tokens ({error}); ask for fewer "
+            "--tokens, or use --compute cpu."
+        ) from error
     profile = SensitivityProfile.from_losses(
         model=spec,
         header_bytes=header_bytes,

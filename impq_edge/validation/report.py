@@ -67,6 +67,7 @@ class ValidationReport(Record):
     system_info: str
 
     checks: tuple[Check, ...]
+    request_sha256: str  # over all that was asked for: a resumed build sees what need not be measured again
     passed: bool  # nothing failed; what could not be checked does not count
 
     def __post_init__(self) -> None:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import os
+from importlib import metadata
 from pathlib import Path
 from typing import get_args
 
 from impq_edge.data import data_path
 from impq_edge.devices.profile import DeviceProfile, is_this_machine
 from impq_edge.errors import ValidationError
-from impq_edge.records import read_text, sha256_file
+from impq_edge.records import read_text, sha256_file, sha256_json
 from impq_edge.validation.checks import check_all
 from impq_edge.validation.file import FileFacts, read_facts
 from impq_edge.validation.process import Progress, run_child
@@ -103,7 +104,10 @@ def validate(
     }
     score = Score.from_json(run_child(score_job, timeout_s=timeout_s, progress=progress))
     checks = check_all(run, score, facts.file_bytes, settings.context_tokens, device, here)
-    return _report(path, file_sha256, facts, evaluation, device, settings, build, run, score, checks)
+    request = request_sha256(
+        device, evaluation, windows=windows, context_tokens=context_tokens, kv_type=kv_type, fill_s=fill_s
+    )
+    return _report(path, file_sha256, facts, evaluation, device, settings, build, run, score, checks, request)
 
 
 def _report(
@@ -117,6 +121,7 @@ def _report(
     run: Run,
     score: Score,
     checks: tuple[Check, ...],
+    request: str,
 ) -> ValidationReport:
     return ValidationReport(
         file=path.name,
@@ -150,7 +155,33 @@ def _report(
         llama_cpp_python=build.llama_cpp_python,
         system_info=build.system_info,
         checks=checks,
+        request_sha256=request,
         passed=all(check.status != "failed" for check in checks),
+    )
+
+
+def request_sha256(
+    device: DeviceProfile | None,
+    text: Path,
+    *,
+    windows: int,
+    context_tokens: int | None,
+    kv_type: KvType | None,
+    fill_s: float,
+) -> str:
+    """Hash everything a measurement depends on besides the file: device, text, settings, llama.cpp, this machine."""
+    return sha256_json(
+        {
+            "device": device.to_json() if device else None,
+            "on_device": device is not None and is_this_machine(device),
+            "text": sha256_file(text),
+            "windows": windows,
+            "context_tokens": context_tokens,
+            "kv_type": kv_type,
+            "fill_s": fill_s,
+            "threads": available_threads(),
+            "llama_cpp_python": metadata.version("llama-cpp-python"),
+        }
     )
 
 

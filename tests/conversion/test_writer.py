@@ -120,7 +120,7 @@ def test_nan_weights_leave_nothing_behind(checkpoints: dict[str, Path], tmp_path
     out = tmp_path / "out" / "m.gguf"
     with pytest.raises(ModelError, match=r"'model.layers.1.mlp.up_proj.weight' has 1 NaN"):
         impq_edge.convert(str(directory), type="q2_k", out=out)
-    assert not any(out.parent.iterdir())
+    assert not out.parent.exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
@@ -149,6 +149,13 @@ def test_an_allocation_of_another_model_is_refused(checkpoints: dict[str, Path],
     allocation = mixed(read_model(checkpoints["llama"]), checkpoints["llama"])
     with pytest.raises(AllocationError, match="not for these weights"):
         impq_edge.convert(str(checkpoints["qwen3"]), allocation=allocation, out=tmp_path / "m.gguf")
+
+
+def test_size_is_predicted_whatever_the_directory_is_called(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    allocation = mixed(read_model(checkpoints["llama"]), checkpoints["llama"])
+    renamed = shutil.copytree(checkpoints["llama"], tmp_path / "a-checkpoint-under-quite-another-name-than-before")
+    made = impq_edge.convert(str(renamed), allocation=allocation, out=tmp_path / "m.gguf")
+    assert made.file_bytes == allocation.predicted_file_bytes
 
 
 def test_kill_at_any_moment_leaves_no_file_under_the_final_name(demo: Path, tmp_path: Path) -> None:

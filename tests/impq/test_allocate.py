@@ -8,6 +8,7 @@ import pytest
 from impq_edge.devices.memory import memory_plan, weight_budget_bytes
 from impq_edge.devices.profile import DeviceProfile, load_device
 from impq_edge.errors import AllocationError
+from impq_edge.ggml.types import TensorType
 from impq_edge.impq.allocate import Request, allocate_blocks
 from impq_edge.impq.allocation import Allocation
 from impq_edge.model.recipe import data_bytes
@@ -107,8 +108,16 @@ def test_record_survives_the_disk_and_notices_edits(spec: ModelSpec, tmp_path: P
     made.save(tmp_path / "a.json")
     assert Allocation.load(tmp_path / "a.json") == made
     assert made.predicted_file_bytes == HEADER_BYTES + data_bytes(spec, made.tensor_types)
+    swapped = {**made.tensor_types, "blk.0.attn_q.weight": made.tensor_types["blk.1.attn_q.weight"]}
     for change in (
         {"block_bits": (4, 4, 4)},
+        {"block_bits": (4, 2)},
+        {"block_bits": (3, 3, 3)},
+        {"tensor_types": swapped},
+        {"tensor_types": {}},
+        {"outer_type": TensorType.F32},
+        {"budget_bytes": -5},
+        {"bits_per_weight": 1.0},
         {"predicted_file_bytes": 1},
         {"objective": -1.0},
         {"model_sha256": "f" * 64},

@@ -59,6 +59,19 @@ def test_negative_budget_says_by_how_much() -> None:
         solve(problem)
 
 
+@pytest.mark.parametrize("short", [1, 8, 31])
+@pytest.mark.parametrize("common", [200_000_000, 199_999_999])
+def test_budgets_a_few_bytes_short_of_another_block(short: int, common: int) -> None:
+    """Less than the solver's tolerance of a cost, with equal costs and with costs that have no common divisor."""
+    costs = tuple(common + (i % 2 if common % 2 else 0) for i in range(6))
+    phi = (0.3, 0.1, 0.2, 0.25, 0.15, 0.05)
+    budget = sum(sorted(costs)[:3]) - short
+    problem = Problem(phi, ((0.0,) * 6,) * 6, (Constraint("device memory", "bytes", costs, budget),))
+    solution = solve(problem)
+    best = min(problem.objective(q) for q in product((0, 1), repeat=6) if problem.is_feasible(q))
+    assert problem.is_feasible(solution.demoted) and solution.objective == pytest.approx(best)
+
+
 def test_scale_of_the_losses_does_not_matter() -> None:
     problem = random_problem(3, 8)
     for factor in (1e-9, 1e-4, 1e6):

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import shutil
@@ -11,7 +12,7 @@ from checkpoints import make_checkpoint
 
 import impq_edge
 from impq_edge.conversion.artifact import Artifact
-from impq_edge.errors import AllocationError, BackendError, ModelError, RecordError, SensitivityError
+from impq_edge.errors import AllocationError, BackendError, ModelError, RecordError, SensitivityError, ValidationError
 from impq_edge.impq.allocation import Allocation
 from impq_edge.releases.build import Build, summary
 from impq_edge.spqe.profile import SensitivityProfile
@@ -103,6 +104,52 @@ def test_another_budget_reuses_the_game(
     assert other.allocation.block_bits.count(4) == 1  # 2.67 bits: the same allocation in a file of the same name
     with pytest.raises(SensitivityError, match=r"sensitivity\.json is a profile of other inputs"):
         quick_build(checkpoints["qwen3"], out, seed=1)
+
+
+def test_another_head_type_remakes_every_file(
+    built: tuple[Build, list[str]], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(built[0].directory, tmp_path / "copy"))
+    other, _ = quick_build(checkpoints["qwen3"], out, outer_type="q8_0")
+    for artifact, report in (*other.uniform.values(), (other.artifact, other.validation)):
+        assert artifact.tensor_types["output.weight"] == "q8_0" and report.sha256 == artifact.sha256
+
+
+def test_another_device_is_measured_anew(
+    built: tuple[Build, list[str]], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(built[0].directory, tmp_path / "copy"))
+    small = dataclasses.replace(built[0].device, max_file_bytes=built[0].artifact.file_bytes)
+    told: list[str] = []
+    impq_edge.build(
+        small, model=str(checkpoints["qwen3"]), out=out, average_bits=3,
+        progress=lambda phase, *_: told.append(phase), **QUICK,
+    )  # fmt: skip
+    assert "evaluating" not in told and "perplexity" in told
+
+
+@pytest.mark.parametrize(
+    ("error", "arguments"),
+    [
+        (AllocationError, {"budget_bytes": 1000}),
+        (AllocationError, {"alpha": 7}),
+        (AllocationError, {"average_bits": 9}),
+        (AllocationError, {"outer_type": "iq1"}),
+        (ValidationError, {"windows": 0}),
+        (ValidationError, {"context_tokens": 1}),
+        (RecordError, {"text": Path("nothing.txt")}),
+        (SensitivityError, {"seed": -1}),
+    ],
+)
+def test_requests_that_cannot_be_met_fail_before_the_game(
+    checkpoints: dict[str, Path], tmp_path: Path, error: type[Exception], arguments: dict[str, object]
+) -> None:
+    phases: list[str] = []
+    with pytest.raises(error):
+        quick_build(
+            checkpoints["llama"], tmp_path / "out", progress=lambda phase, *_: phases.append(phase), **arguments
+        )
+    assert not {"quantising", "evaluating"} & set(phases) and not (tmp_path / "out").exists()
 
 
 def test_everything_fits(checkpoints: dict[str, Path], built: tuple[Build, list[str]], tmp_path: Path) -> None:

@@ -44,7 +44,22 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
-    assert list(Journal(path, INPUTS).losses) == [(4, 4)]
+    with pytest.raises(SensitivityError, match=r"Line 3 of .* is damaged"):
+        Journal(path, INPUTS)
+    assert path.read_bytes() == data
+
+
+def test_a_file_that_is_no_journal_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    path.write_text("my diary\n")
+    with pytest.raises(SensitivityError, match="no journal"):
+        Journal(path, INPUTS)
+    assert path.read_text() == "my diary\n"
+
+
+def test_nothing_is_written_before_the_first_loss(tmp_path: Path) -> None:
+    Journal(tmp_path / "j", INPUTS)
+    assert not (tmp_path / "j").exists()
 
 
 @pytest.mark.parametrize("change", [{"model": "x"}, {"tokens": 1024}, {"backend": {"name": "kquant"}}])

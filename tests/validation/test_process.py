@@ -66,8 +66,13 @@ def test_ctrl_c_ends_the_child() -> None:
         heard.append(pid)
         signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        run_child(JOB, timeout_s=60, arguments=("-c", SPEAK), progress=interrupt)
+    # Shells start background jobs with the signal ignored; Python then has no handler of its own.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_child(JOB, timeout_s=60, arguments=("-c", SPEAK), progress=interrupt)
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert _is_gone(heard[0])
 
 
