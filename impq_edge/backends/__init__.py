@@ -3,8 +3,13 @@
 Adding one is a file beside this one, with a class like those here, and a line in ``_CLASSES``.
 """
 
+import contextlib
 import dataclasses
 import importlib
+import io
+import logging
+import os
+from collections.abc import Iterator
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -15,7 +20,19 @@ if TYPE_CHECKING:
 
 Bits = Literal[2, 4]
 BITS: tuple[Bits, Bits] = (2, 4)
-"""The two versions of every block; names of formats rather than exact storage, see ``bits_per_weight``."""
+"""The two versions of every player; names of formats rather than exact storage, see ``bits_per_weight``."""
+
+Statistics = Literal["none", "squares", "hessian"]
+"""What a backend wants to know of a matrix's inputs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What enters a matrix on the calibration text when nothing is quantised."""
+
+    tokens: int
+    mean_square: "torch.Tensor"  # (in,), float32: mean over tokens of x_j²
+    second_moment: "torch.Tensor | None"  # (in, in), float32: mean over tokens of x xᵀ; None unless asked for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,14 +48,24 @@ class Backend(Protocol):
 
     LIBRARY: str
 
-    def quantise(self, weight: "torch.Tensor", bits: Bits) -> Stored:
-        """Return ``weight`` (out, in; float32) as stored at 2 or 4 bit."""
+    @property
+    def statistics(self) -> Statistics:
+        """What :meth:`quantise` must be given of the inputs."""
+        ...
+
+    def quantise(self, weight: "torch.Tensor", bits: Bits, inputs: Inputs | None = None) -> Stored:
+        """Return ``weight`` (out, in; float32) as stored at 2 or 4 bit.
+
+        ``inputs`` is None where ``statistics`` is ``"none"``.
+        """
         ...
 
 
 _CLASSES = {
     "kquant": ("impq_edge.backends.kquant", "KQuant"),
     "hqq": ("impq_edge.backends.hqq", "Hqq"),
+    "quanto": ("impq_edge.backends.quanto", "Quanto"),
+    "gptq": ("impq_edge.backends.gptq", "Gptq"),
 }
 NAMES = tuple(_CLASSES)
 
@@ -55,12 +82,37 @@ def load_backend(name: str, **settings: Any) -> Backend:
         raise BackendError(f"Backend {name!r} is unknown; choose one of {', '.join(NAMES)}.")
     module, attribute = _CLASSES[name]
     try:
-        backend: Backend = getattr(importlib.import_module(module), attribute)(**settings)
+        with undisturbed():
+            chosen = getattr(importlib.import_module(module), attribute)
     except ImportError as error:
         raise BackendError(f"Backend {name!r} needs {error.name}; install impq-edge[workstation].") from None
-    except TypeError as error:
-        raise BackendError(f"Backend {name!r} does not take these settings ({error}); see its options.") from None
+    known = [field.name for field in dataclasses.fields(chosen)]
+    for setting in settings:
+        if setting not in known:
+            raise BackendError(
+                f"Backend {name!r} has no setting {setting.replace('_', '-')!r}; it takes "
+                f"{', '.join(k.replace('_', '-') for k in known) or 'none'}."
+            )
+    backend: Backend = chosen(**settings)
     return backend
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Let a library be imported or run without its banner, its log and its changes of the environment.
+
+    gptqmodel prints a banner, and sets CUDA_DEVICE_ORDER and PYTORCH_ALLOC_CONF, on import.
+    """
+    environment, disabled = dict(os.environ), logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)
+        for key in os.environ.keys() - environment.keys():
+            del os.environ[key]
+        os.environ.update(environment)
 
 
 def describe(name: str, backend: Backend) -> dict[str, str | int | float | bool]:

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from hqq.core.quantize import BaseQuantizeConfig, Quantizer
 
-from impq_edge.backends import Bits, Stored
+from impq_edge.backends import Bits, Inputs, Statistics, Stored
 from impq_edge.errors import BackendError
 
 
@@ -22,7 +22,12 @@ class Hqq:
     group_size: int = 64
     axis: int = 1
 
-    def quantise(self, weight: torch.Tensor, bits: Bits) -> Stored:
+    @property
+    def statistics(self) -> Statistics:
+        """HQQ looks at weights alone."""
+        return "none"
+
+    def quantise(self, weight: torch.Tensor, bits: Bits, inputs: Inputs | None = None) -> Stored:  # noqa: ARG002
         """Quantise and dequantise; ``weight`` is (out, in), groups run along the row for axis 1."""
         if weight.numel() % self.group_size or (self.axis == 1 and weight.shape[1] % self.group_size):
             raise BackendError(

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from impq_edge.backends import Bits, Stored
+from impq_edge.backends import Bits, Inputs, Statistics, Stored
 from impq_edge.ggml.encode import decode, encode
 from impq_edge.ggml.types import TensorType, type_for_row
 
@@ -19,7 +19,12 @@ class KQuant:
 
     LIBRARY: ClassVar[str] = "llama-cpp-python"
 
-    def quantise(self, weight: torch.Tensor, bits: Bits) -> Stored:
+    @property
+    def statistics(self) -> Statistics:
+        """Without an importance matrix, nothing."""
+        return "none"
+
+    def quantise(self, weight: torch.Tensor, bits: Bits, inputs: Inputs | None = None) -> Stored:  # noqa: ARG002
         """Encode and decode on the CPU; ``weight`` is (out, in)."""
         kind = type_for_row(TYPES[bits], weight.shape[1])
         data = encode(weight.float().cpu().numpy(), kind)
