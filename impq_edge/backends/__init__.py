@@ -9,7 +9,9 @@ import importlib
 import io
 import logging
 import os
-from collections.abc import Iterator
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -97,22 +99,50 @@ def load_backend(name: str, **settings: Any) -> Backend:
     return backend
 
 
+class _Muted(io.TextIOBase):
+    """Swallows text until released, then passes it on: libraries bind their log handlers to it on import."""
+
+    def __init__(self, stream: Literal["stdout", "stderr"]) -> None:
+        self._stream = stream
+        self.released = False
+
+    def write(self, text: str) -> int:
+        written: int = getattr(sys, self._stream).write(text) if self.released else len(text)
+        return written
+
+    def flush(self) -> None:
+        if self.released:
+            getattr(sys, self._stream).flush()
+
+
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """Let a library be imported or run without its banner, its log and its changes of the environment.
 
-    gptqmodel prints a banner, and sets CUDA_DEVICE_ORDER and PYTORCH_ALLOC_CONF, on import.
+    gptqmodel prints a banner, configures the root logger, adds warning filters, and sets
+    CUDA_DEVICE_ORDER and PYTORCH_ALLOC_CONF, on import.
     """
-    environment, disabled = dict(os.environ), logging.root.manager.disable
+    root = logging.root
+    environment, disabled, handlers, level = dict(os.environ), root.manager.disable, root.handlers[:], root.level
+    out, err = _Muted("stdout"), _Muted("stderr")
     logging.disable(logging.WARNING)
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             yield
     finally:
+        out.released = err.released = True
         logging.disable(disabled)
+        root.handlers[:] = handlers
+        root.setLevel(level)
         for key in os.environ.keys() - environment.keys():
             del os.environ[key]
         os.environ.update(environment)
+
+
+def load_recorded(recorded: Mapping[str, Any]) -> Backend:
+    """Load the backend that :func:`describe` recorded, whatever its library's version is now."""
+    settings = {key: value for key, value in recorded.items() if key not in ("name", "library")}
+    return load_backend(str(recorded["name"]), **settings)
 
 
 def describe(name: str, backend: Backend) -> dict[str, str | int | float | bool]:

@@ -4,7 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 import torch
-from hqq.core.quantize import BaseQuantizeConfig, Quantizer
+from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
 from impq_edge.backends import Bits, Inputs, Statistics, Stored
 from impq_edge.errors import BackendError
@@ -12,15 +12,22 @@ from impq_edge.errors import BackendError
 
 @dataclasses.dataclass(frozen=True)
 class Hqq:
-    """HQQ as ``HQQLinear`` stores it: ``BaseQuantizeConfig``'s settings, scales and zeros in float16.
+    """HQQ as ``HQQLinear`` stores it: ``BaseQuantizeConfig``'s settings; scales, zeros and decoding in float16.
 
-    ``Quantizer.quantize`` alone has other defaults (axis 0, no rounded zero at 4 bit).
+    ``Quantizer.quantize`` alone has other defaults (axis 0, no rounded zero at 4 bit). On CUDA the library searches
+    for the zeros in float16, on a CPU in float32, so that the two store slightly different weights.
     """
 
     LIBRARY: ClassVar[str] = "hqq"
 
     group_size: int = 64
-    axis: int = 1
+    axis: int = 1  # 1: groups run along a row; 0: the matrix, read row by row, is cut into group_size equal pieces
+
+    def __post_init__(self) -> None:
+        if self.group_size < 8 or self.group_size % 8:
+            raise BackendError(f"HQQ's group size is {self.group_size}; choose a positive multiple of 8.")
+        if self.axis not in {0, 1}:
+            raise BackendError(f"HQQ's axis is {self.axis}; choose 0 or 1.")
 
     @property
     def statistics(self) -> Statistics:
@@ -28,18 +35,30 @@ class Hqq:
         return "none"
 
     def quantise(self, weight: torch.Tensor, bits: Bits, inputs: Inputs | None = None) -> Stored:  # noqa: ARG002
-        """Quantise and dequantise; ``weight`` is (out, in), groups run along the row for axis 1."""
-        if weight.numel() % self.group_size or (self.axis == 1 and weight.shape[1] % self.group_size):
-            raise BackendError(
-                f"HQQ's group size {self.group_size} does not divide rows of {weight.shape[1]}; choose another."
-            )
+        """Quantise and dequantise ``weight`` (out, in).
+
+        Raises
+        ------
+        BackendError
+            When the group size does not fit the matrix.
+        """
+        self._require_fit(weight, bits)
+        rows, columns = weight.shape
+        linear = torch.nn.Linear(columns, rows, bias=False, device="meta")  # draws no random numbers
+        linear.weight = torch.nn.Parameter(weight, requires_grad=False)
         config = BaseQuantizeConfig(nbits=bits, group_size=self.group_size, axis=self.axis)
-        packed, meta = Quantizer.quantize(weight.float(), device=str(weight.device), **config["weight_quant_params"])
-        scales_dtype = torch.float16  # HQQLinear's default compute_dtype
-        meta |= {
-            "scale": meta["scale"].to(scales_dtype).float(),
-            "zero": meta["zero"].to(scales_dtype).float(),
-            "compute_dtype": torch.float32,
-        }
-        bits_per_weight = bits + 2 * torch.finfo(scales_dtype).bits / self.group_size
-        return Stored(Quantizer.dequantize(packed, meta), bits_per_weight)
+        layer = HQQLinear(linear, config, device=str(weight.device))
+        held_bytes = sum(tensor.nbytes for tensor in (layer.W_q, layer.meta["scale"], layer.meta["zero"]))
+        return Stored(layer.dequantize().float(), 8 * held_bytes / weight.numel())
+
+    def _require_fit(self, weight: torch.Tensor, bits: Bits) -> None:
+        rows, columns = weight.shape
+        if self.axis == 1 and columns % self.group_size:
+            # The library would let a group run on into the next row.
+            raise BackendError(f"HQQ's group size {self.group_size} does not divide rows of {columns}; choose another.")
+        groups, rest = divmod(weight.numel(), self.group_size)
+        if rest or (self.axis == 1 and groups % (8 // bits)):
+            raise BackendError(
+                f"HQQ cannot pack {rows} × {columns} weights of {bits} bit in groups of {self.group_size} along axis "
+                f"{self.axis} into whole bytes; choose another group size."
+            )

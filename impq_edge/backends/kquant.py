@@ -1,4 +1,4 @@
-"""K-quants: ggml's own encoder and decoder, so that the game is played with the weights that ship."""
+"""K-quants: ggml's own encoder, and the weights that its bytes stand for: the game is played with what ships."""
 
 import dataclasses
 from typing import ClassVar
@@ -6,7 +6,8 @@ from typing import ClassVar
 import torch
 
 from impq_edge.backends import Bits, Inputs, Statistics, Stored
-from impq_edge.ggml.encode import decode, encode
+from impq_edge.backends.kquant_decode import decode
+from impq_edge.ggml.encode import encode
 from impq_edge.ggml.types import TensorType, type_for_row
 
 TYPES: dict[Bits, TensorType] = {2: TensorType.Q2_K, 4: TensorType.Q4_K}
@@ -19,13 +20,26 @@ class KQuant:
 
     LIBRARY: ClassVar[str] = "llama-cpp-python"
 
+    importance: bool = False
+    """Whether errors are weighed by the mean squared input of their column, as llama.cpp's importance matrix does."""
+
     @property
     def statistics(self) -> Statistics:
-        """Without an importance matrix, nothing."""
-        return "none"
+        """The importances are the inputs' mean squares."""
+        return "squares" if self.importance else "none"
 
-    def quantise(self, weight: torch.Tensor, bits: Bits, inputs: Inputs | None = None) -> Stored:  # noqa: ARG002
-        """Encode and decode on the CPU; ``weight`` is (out, in)."""
+    def quantise(self, weight: torch.Tensor, bits: Bits, inputs: Inputs | None = None) -> Stored:
+        """Encode on the CPU, all cores, and decode where ``weight`` (out, in) is.
+
+        Raises
+        ------
+        ConversionError
+            When the inputs are not finite, or not those of this matrix.
+        """
         kind = type_for_row(TYPES[bits], weight.shape[1])
-        data = encode(weight.float().cpu().numpy(), kind)
-        return Stored(torch.from_numpy(decode(data, kind)).to(weight.device), kind.bits_per_weight)
+        importance = None
+        if self.importance:
+            assert inputs is not None, "a backend that asks for statistics is given them"
+            importance = inputs.mean_square.float().cpu().numpy()
+        data = torch.from_numpy(encode(weight.float().cpu().numpy(), kind, importance=importance))
+        return Stored(decode(data.to(weight.device), kind), kind.bits_per_weight)

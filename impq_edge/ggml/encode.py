@@ -12,18 +12,23 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-import gguf
 import numpy as np
 from numpy.typing import NDArray
 
 from impq_edge.errors import ConversionError
 from impq_edge.ggml.types import TensorType
 
-_CHUNK_WEIGHTS = 1 << 20  # rows are handed to threads in pieces of about this many weights
+_CHUNK_WEIGHTS = 1 << 17  # rows are handed to threads in pieces of about this many weights, some 10 ms of work
 
 
-def encode(weights: NDArray[np.float32], kind: TensorType, threads: int | None = None) -> NDArray[np.uint8]:
-    """Encode a matrix as ggml does (``ggml_quantize_chunk``, ggml/src/ggml.c), without importance matrix.
+def encode(
+    weights: NDArray[np.float32],
+    kind: TensorType,
+    threads: int | None = None,
+    *,
+    importance: NDArray[np.float32] | None = None,
+) -> NDArray[np.uint8]:
+    """Encode a matrix as ggml does (``ggml_quantize_chunk``, ggml/src/ggml.c).
 
     Parameters
     ----------
@@ -33,6 +38,12 @@ def encode(weights: NDArray[np.float32], kind: TensorType, threads: int | None =
         The format to store.
     threads
         Rows are independent, so the bytes do not depend on this; all cores by default.
+    importance
+        Shape (row length,), finite and not negative: how much an error counts in each column, in every row alike;
+        llama.cpp's importance matrix holds the mean squared input (tools/imatrix/imatrix.cpp). The formats weigh it
+        in their own ways; floats and Q8_0 ignore it. As in llama.cpp, zeros are taken at their word: a block of
+        columns that are all 0 (256 for K-quants) is stored as zeros. None is no importance matrix, which is
+        another encoder and not the same as ones.
 
     Returns
     -------
@@ -41,9 +52,11 @@ def encode(weights: NDArray[np.float32], kind: TensorType, threads: int | None =
     Raises
     ------
     ConversionError
-        When a weight does not fit the range of the format (F16: 65,504).
+        When a weight does not fit the range of the format (F16: 65,504), or the importances are not one finite,
+        non-negative number per column.
     """
     rows, row_length = weights.shape
+    columns = None if importance is None else _checked(importance, row_length)
     source = np.ascontiguousarray(weights, dtype=np.float32)
     out = np.empty((rows, kind.tensor_bytes((1, row_length))), dtype=np.uint8)
     if kind is TensorType.F16 and np.abs(source).max(initial=0) > np.finfo(np.float16).max:
@@ -53,7 +66,13 @@ def encode(weights: NDArray[np.float32], kind: TensorType, threads: int | None =
     def encode_rows(first: int) -> None:
         count = min(step, rows - first)
         written = _quantize_chunk()(
-            int(kind.ggml), source.ctypes.data, out.ctypes.data, first * row_length, count, row_length, None
+            int(kind.ggml),
+            source.ctypes.data,
+            out.ctypes.data,
+            first * row_length,
+            count,
+            row_length,
+            None if columns is None else columns.ctypes.data,
         )
         assert written == count * out.shape[1], f"ggml wrote {written} bytes of {kind}"
 
@@ -62,9 +81,18 @@ def encode(weights: NDArray[np.float32], kind: TensorType, threads: int | None =
     return out
 
 
-def decode(data: NDArray[np.uint8], kind: TensorType) -> NDArray[np.float32]:
-    """Decode the bytes of :func:`encode`, shape (rows, bytes per row), to weights (rows, row length)."""
-    return gguf.dequantize(data, kind.ggml).astype(np.float32, copy=False)
+def _checked(importance: NDArray[np.float32], row_length: int) -> NDArray[np.float32]:
+    if importance.shape != (row_length,):
+        raise ConversionError(
+            f"Importances of shape {importance.shape} were given for rows of {row_length} weights; give one per column."
+        )
+    bad = np.flatnonzero(~(np.isfinite(importance) & (importance >= 0)))
+    if bad.size:
+        raise ConversionError(
+            f"The importance of column {bad[0]} is {importance[bad[0]]:g}, not a finite number of at least 0; "
+            "measure the inputs again."
+        )
+    return np.ascontiguousarray(importance, dtype=np.float32)
 
 
 @cache
