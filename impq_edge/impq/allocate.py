@@ -1,6 +1,7 @@
 """The stage: a profile's φ and C, a device and its budget in, an allocation out."""
 
 import dataclasses
+from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -13,6 +14,7 @@ from impq_edge.ggml.types import TensorType
 from impq_edge.impq.allocation import BLOCK_TYPES, Allocation, average_bits
 from impq_edge.impq.problem import Constraint, Problem, published_objective
 from impq_edge.impq.solve import solve
+from impq_edge.model.players import Player, PlayerKind, players_of
 from impq_edge.model.recipe import data_bytes, tensor_types
 from impq_edge.model.spec import ModelSpec
 
@@ -37,17 +39,20 @@ def allocate_blocks(
     covariance: NDArray[np.float64],
     profile_sha256: str,
     request: Request,
+    players: PlayerKind = "blocks",
 ) -> Allocation:
     """Solve IMPQ for one device.
 
     Parameters
     ----------
     spec, header_bytes
-        The model (L blocks) and the bytes of its GGUF before the tensor data.
+        The model and the bytes of its GGUF before the tensor data.
     phi, covariance
-        (L,) in nats and (L, L) in nats².
+        (N,) in nats and (N, N) in nats².
     profile_sha256
         The profile they come from.
+    players
+        What the N players are.
 
     Raises
     ------
@@ -55,10 +60,10 @@ def allocate_blocks(
         When the model does not fit even with every block at 2 bit (says the smallest budget that
         works), or a setting is out of range.
     """
-    sizes, constraints = _feasible(spec, header_bytes, request)
+    sizes, constraints = _feasible(spec, header_bytes, request, players)
     linear, quadratic = published_objective(phi, covariance, request.alpha)
     problem = Problem(tuple(linear.tolist()), tuple(map(tuple, quadratic.tolist())), constraints)
-    demoted: tuple[int, ...] = (0,) * spec.n_blocks
+    demoted: tuple[int, ...] = (0,) * len(phi)
     solution = None if problem.is_feasible(demoted) else solve(problem)
     demoted = solution.demoted if solution else demoted
     bits = tuple(2 if q else 4 for q in demoted)
@@ -73,7 +78,8 @@ def allocate_blocks(
         kv_type=request.kv_type,
         alpha=request.alpha,
         problem=problem,
-        block_bits=bits,
+        players=players,
+        player_bits=bits,
         objective=problem.objective(demoted),
         lower_bound=solution.lower_bound if solution else None,
         relaxation_bound=solution.relaxation_bound if solution else None,
@@ -82,9 +88,30 @@ def allocate_blocks(
         header_bytes=header_bytes,
         budget_bytes=sizes.file_budget_bytes(types),
         predicted_file_bytes=file_bytes,
-        average_bits=average_bits(spec, bits),
+        average_bits=average_bits(sizes.players, bits),
         bits_per_weight=8 * file_bytes / spec.weights,
     )
+
+
+def bits_at(
+    players: Sequence[Player],
+    phi: NDArray[np.float64],
+    covariance: NDArray[np.float64],
+    target: Fraction,
+    alpha: float = 0.5,
+) -> tuple[int, ...]:
+    """Return the bits of the N players in IMPQ's answer to a limit on average bits alone, without a device."""
+    linear, quadratic = published_objective(phi, covariance, alpha)
+    constraint = _average_bits_constraint(players, target)
+    problem = Problem(tuple(linear.tolist()), tuple(map(tuple, quadratic.tolist())), (constraint,))
+    everything = (0,) * len(players)
+    demoted = everything if problem.is_feasible(everything) else solve(problem).demoted
+    return tuple(2 if q else 4 for q in demoted)
+
+
+def _average_bits_constraint(players: Sequence[Player], target: Fraction) -> Constraint:
+    weights = tuple(player.weights for player in players)
+    return Constraint("average bits", "weights", weights, int((target - 2) / 2 * sum(weights)))
 
 
 def require_feasible(spec: ModelSpec, header_bytes: int, request: Request) -> None:
@@ -95,12 +122,14 @@ def require_feasible(spec: ModelSpec, header_bytes: int, request: Request) -> No
     AllocationError
         As :func:`allocate_blocks`.
     """
-    _feasible(spec, header_bytes, request)
+    _feasible(spec, header_bytes, request, "blocks")
 
 
-def _feasible(spec: ModelSpec, header_bytes: int, request: Request) -> "tuple[_Sizes, tuple[Constraint, ...]]":
+def _feasible(
+    spec: ModelSpec, header_bytes: int, request: Request, players: PlayerKind
+) -> "tuple[_Sizes, tuple[Constraint, ...]]":
     _require_sane(request)
-    sizes = _Sizes(spec, header_bytes, request)
+    sizes = _Sizes(spec, header_bytes, request, players)
     constraints = tuple(sizes.constraints())
     sizes.require_all_2_bit_fits(constraints)
     return sizes, constraints
@@ -109,11 +138,13 @@ def _feasible(spec: ModelSpec, header_bytes: int, request: Request) -> "tuple[_S
 class _Sizes:
     """The bytes of a model's possible files, and what a request leaves for them."""
 
-    def __init__(self, spec: ModelSpec, header_bytes: int, request: Request) -> None:
+    def __init__(self, spec: ModelSpec, header_bytes: int, request: Request, players: PlayerKind) -> None:
+        self.players = players_of(spec, players)
+        self._kind: PlayerKind = players
         self._spec = spec
         self._header_bytes = header_bytes
         self._request = request
-        self._all_2 = (2,) * spec.n_blocks
+        self._all_2 = (2,) * len(self.players)
         limits = (request.file_budget_bytes, request.device.max_file_bytes)
         self._file_limit_bytes = min((limit for limit in limits if limit is not None), default=None)
         self._device_bytes = weight_budget_bytes(
@@ -121,16 +152,15 @@ class _Sizes:
         )
 
     def types(self, bits: tuple[int, ...]) -> dict[str, TensorType]:
-        return tensor_types(self._spec, [BLOCK_TYPES[b] for b in bits], self._request.outer_type)
+        return tensor_types(self._spec, [BLOCK_TYPES[b] for b in bits], self._request.outer_type, self._kind)
 
     def constraints(self) -> list[Constraint]:
         """Return every budget of the request, less what everything at 2 bit takes."""
-        memory_costs, file_costs, weights = [], [], []
-        for block in range(self._spec.n_blocks):
-            promoted = tuple(4 if i == block else 2 for i in range(self._spec.n_blocks))
+        memory_costs, file_costs = [], []
+        for index in range(len(self.players)):
+            promoted = tuple(4 if i == index else 2 for i in range(len(self.players)))
             memory_costs.append(self._resident_bytes(promoted) - self._resident_bytes(self._all_2))
             file_costs.append(self._file_bytes(promoted) - self._file_bytes(self._all_2))
-            weights.append(sum(tensor.weights for tensor in self._spec.block_matrices(block)))
         found = [
             Constraint(
                 "device memory", "bytes", tuple(memory_costs), self._device_bytes - self._resident_bytes(self._all_2)
@@ -140,8 +170,7 @@ class _Sizes:
             left = self._file_limit_bytes - self._file_bytes(self._all_2)
             found.append(Constraint("file budget", "bytes", tuple(file_costs), left))
         if self._request.average_bits is not None:
-            left = int((self._request.average_bits - 2) / 2 * sum(weights))
-            found.append(Constraint("average bits", "weights", tuple(weights), left))
+            found.append(_average_bits_constraint(self.players, self._request.average_bits))
         return found
 
     def require_all_2_bit_fits(self, constraints: tuple[Constraint, ...]) -> None:

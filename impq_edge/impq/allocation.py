@@ -1,4 +1,4 @@
-"""The record of an allocation: which block gets how many bits, what that takes, and the proof that it is best."""
+"""The record of an allocation: which player gets how many bits, what that takes, and the proof that it is best."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from impq_edge.devices.profile import KvType
 from impq_edge.errors import AllocationError
 from impq_edge.ggml.types import TensorType
 from impq_edge.impq.problem import Problem
+from impq_edge.model.players import Player, PlayerKind, players_of
 from impq_edge.model.recipe import data_bytes, tensor_types
 from impq_edge.model.spec import ModelSpec
 from impq_edge.records import Record
@@ -18,9 +19,9 @@ BLOCK_TYPES = {2: TensorType.Q2_K, 4: TensorType.Q4_K}
 
 @dataclasses.dataclass(frozen=True)
 class Allocation(Record):
-    """A model's recipe for one device, with everything needed to recompute what it claims."""
+    """A model's recipe for one device (N players), with everything needed to recompute what it claims."""
 
-    SCHEMA: ClassVar[str] = "impq-edge.allocation/1"
+    SCHEMA: ClassVar[str] = "impq-edge.allocation/2"
 
     model_name: str
     model_sha256: str  # content of the checkpoint
@@ -30,7 +31,8 @@ class Allocation(Record):
     kv_type: KvType
     alpha: float
     problem: Problem
-    block_bits: tuple[int, ...]  # (L,)
+    players: PlayerKind
+    player_bits: tuple[int, ...]  # (N,)
     objective: float  # nats per token: the program's estimate of the loss increase over all-4-bit
     lower_bound: float | None  # proven; None where everything fits at 4 bit and nothing had to be solved
     relaxation_bound: float | None  # of the continuous relaxation
@@ -44,12 +46,12 @@ class Allocation(Record):
 
     @property
     def demoted(self) -> tuple[int, ...]:
-        """The program's q, (L,): 1 where a block is at 2 bit."""
-        return tuple(int(bits == 2) for bits in self.block_bits)
+        """The program's q, (N,): 1 where a player is at 2 bit."""
+        return tuple(int(bits == 2) for bits in self.player_bits)
 
     @property
     def everything_fits(self) -> bool:
-        """Whether all blocks are at 4 bit because the budget allows it."""
+        """Whether everything is at 4 bit because the budget allows it."""
         return self.lower_bound is None
 
     def check(self, spec: ModelSpec) -> None:
@@ -65,18 +67,18 @@ class Allocation(Record):
                 f"The allocation was made for {self.model_name} ({self.model_sha256[:12]}…), not for these weights "
                 f"({spec.content_sha256[:12]}…); allocate again from a profile of this model."
             )
-        n_blocks = spec.n_blocks
-        lengths = {len(self.block_bits), len(self.problem.linear), len(self.problem.quadratic)}
+        n_players = len(players_of(spec, self.players))
+        lengths = {len(self.player_bits), len(self.problem.linear), len(self.problem.quadratic)}
         lengths |= {len(row) for row in self.problem.quadratic} | {len(c.costs) for c in self.problem.constraints}
-        if lengths != {n_blocks} or not set(self.block_bits) <= BLOCK_TYPES.keys():
-            raise AllocationError(f"The allocation is not one of 2 or 4 bit for {n_blocks} blocks; allocate again.")
-        types = tensor_types(spec, [BLOCK_TYPES[bits] for bits in self.block_bits], self.outer_type)
+        if lengths != {n_players} or not set(self.player_bits) <= BLOCK_TYPES.keys():
+            raise AllocationError(f"The allocation is not one of 2 or 4 bit for {n_players} players; allocate again.")
+        types = tensor_types(spec, [BLOCK_TYPES[bits] for bits in self.player_bits], self.outer_type, self.players)
         size = self.header_bytes + data_bytes(spec, types)
         claims = {
             "tensor_types": (self.tensor_types == types, True),
             "predicted_file_bytes": (self.predicted_file_bytes, size),
             "bits_per_weight": (self.bits_per_weight, 8 * size / spec.weights),
-            "average_bits": (self.average_bits, average_bits(spec, self.block_bits)),
+            "average_bits": (self.average_bits, average_bits(players_of(spec, self.players), self.player_bits)),
             "feasibility": (self.problem.is_feasible(self.demoted) and size <= self.budget_bytes, True),
         }
         for name, (claimed, found) in claims.items():
@@ -86,7 +88,6 @@ class Allocation(Record):
             raise AllocationError("The allocation's objective does not follow from its problem; allocate again.")
 
 
-def average_bits(spec: ModelSpec, block_bits: Sequence[int]) -> float:
+def average_bits(players: Sequence[Player], bits: Sequence[int]) -> float:
     """Return the nominal bits of the blocks' matrices, weighted by their number of weights."""
-    weights = [sum(tensor.weights for tensor in spec.block_matrices(i)) for i in range(spec.n_blocks)]
-    return sum(w * bits for w, bits in zip(weights, block_bits, strict=True)) / sum(weights)
+    return sum(p.weights * b for p, b in zip(players, bits, strict=True)) / sum(p.weights for p in players)

@@ -13,13 +13,13 @@ from impq_edge.records import STRICT
 
 @dataclasses.dataclass(frozen=True)
 class Constraint:
-    """Σ costs_i (1 − q_i) ≤ budget: what promoting blocks from 2 to 4 bit may cost together."""
+    """Σ costs_i (1 − q_i) ≤ budget: what promoting players from 2 to 4 bit may cost together."""
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     name: str
     unit: str
-    costs: tuple[int, ...]  # (L,), of promoting each block
+    costs: tuple[int, ...]  # (N,), of promoting each player
     budget: int
 
     def used(self, demoted: Sequence[int]) -> int:
@@ -29,7 +29,7 @@ class Constraint:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Minimise aᵀq + qᵀKq over q ∈ {0, 1}^L subject to constraints; q_i = 1 puts block i at 2 bit.
+    """Minimise aᵀq + qᵀKq over q ∈ {0, 1}^N subject to constraints; q_i = 1 puts player i at 2 bit.
 
     The budgets are what is left once everything at 2 bit is paid for: the paper prints the program
     without that subtraction.
@@ -37,8 +37,8 @@ class Problem:
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
-    linear: tuple[float, ...]  # a, (L,), nats per token
-    quadratic: tuple[tuple[float, ...], ...]  # K, (L, L), symmetric
+    linear: tuple[float, ...]  # a, (N,), nats per token
+    quadratic: tuple[tuple[float, ...], ...]  # K, (N, N), symmetric
     constraints: tuple[Constraint, ...]
 
     def objective(self, demoted: Sequence[int]) -> float:
@@ -54,7 +54,7 @@ class Problem:
 def published_objective(
     phi: NDArray[np.float64], covariance: NDArray[np.float64], alpha: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the paper's linear and quadratic terms, shapes (L,) and (L, L).
+    """Return the paper's linear and quadratic terms, shapes (N,) and (N, N).
 
     K = (1 − α) C + α diag(C) and a_i = φ_i − Σ_{j≠i} K_ij: α = 1 drops all interactions, the paper
     takes α = 0.5.

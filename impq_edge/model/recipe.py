@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from impq_edge.errors import ModelError
 from impq_edge.ggml.types import TensorType, type_for_row
+from impq_edge.model.players import PlayerKind, players_of
 from impq_edge.model.spec import ModelSpec, TensorSpec
 
 ALIGNMENT_BYTES = 32
@@ -29,32 +30,35 @@ class Fallback:
         return round(self.stored.tensor_bytes(self.tensor.shape) - wanted_bytes)
 
 
-def tensor_types(spec: ModelSpec, blocks: Sequence[TensorType], outer: TensorType) -> dict[str, TensorType]:
+def tensor_types(
+    spec: ModelSpec, kinds: Sequence[TensorType], outer: TensorType, players: PlayerKind = "blocks"
+) -> dict[str, TensorType]:
     """Return the type of every tensor, by GGUF name, in the order of ``spec.tensors``.
 
     Parameters
     ----------
     spec
-        The model, L blocks.
-    blocks
-        The type asked for the matrices of each of the L blocks.
+        The model.
+    kinds
+        The type asked for the matrices of each of the N players, (N,).
     outer
         The type asked for the embedding and the head.
+    players
+        What a player is.
 
     Rows that are no whole number of blocks get what llama.cpp would store (:func:`type_for_row`); norms
     and biases stay F32, as llama.cpp keeps them.
     """
-    assert len(blocks) == spec.n_blocks
-    return {tensor.gguf_name: type_for_row(_wanted(tensor, blocks, outer), tensor.shape[-1]) for tensor in spec.tensors}
+    wanted = _wanted(spec, kinds, outer, players)
+    return {tensor.gguf_name: type_for_row(kind, tensor.shape[-1]) for tensor, kind in wanted.items()}
 
 
-def fallbacks(spec: ModelSpec, blocks: Sequence[TensorType], outer: TensorType) -> tuple[Fallback, ...]:
-    """Return every matrix that cannot hold the type asked for it."""
-    wanted = {tensor: _wanted(tensor, blocks, outer) for tensor in spec.tensors}
+def fallbacks(spec: ModelSpec, kind: TensorType, outer: TensorType) -> tuple[Fallback, ...]:
+    """Return every matrix that cannot hold the type asked for it, when all blocks are asked for ``kind``."""
     return tuple(
-        Fallback(tensor, kind, type_for_row(kind, tensor.shape[-1]))
-        for tensor, kind in wanted.items()
-        if not kind.fits_rows_of(tensor.shape[-1])
+        Fallback(tensor, wanted, type_for_row(wanted, tensor.shape[-1]))
+        for tensor, wanted in _wanted(spec, [kind] * spec.n_blocks, outer, "blocks").items()
+        if not wanted.fits_rows_of(tensor.shape[-1])
     )
 
 
@@ -91,7 +95,11 @@ def padded(size_bytes: int) -> int:
     return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def _wanted(tensor: TensorSpec, blocks: Sequence[TensorType], outer: TensorType) -> TensorType:
-    if tensor.role == "vector":
-        return TensorType.F32
-    return outer if tensor.block is None else blocks[tensor.block]
+def _wanted(
+    spec: ModelSpec, kinds: Sequence[TensorType], outer: TensorType, players: PlayerKind
+) -> dict[TensorSpec, TensorType]:
+    who = players_of(spec, players)
+    in_blocks = {tensor: kind for player, kind in zip(who, kinds, strict=True) for tensor in player.tensors}
+    return {
+        tensor: TensorType.F32 if tensor.role == "vector" else in_blocks.get(tensor, outer) for tensor in spec.tensors
+    }

@@ -50,10 +50,10 @@ def test_a_mixed_file_holds_what_the_game_was_played_with(
     directory = checkpoints[architecture]
     spec = read_model(directory)
     allocation = mixed(spec, directory)
-    assert allocation.block_bits == (4, 2, 4)
+    assert allocation.player_bits == (4, 2, 4)
     artifact = impq_edge.convert(str(directory), allocation=allocation, out=tmp_path / "mix.gguf")
     written, backend = weights_of(tmp_path / "mix.gguf"), load_backend("kquant")
-    for block, bits in enumerate(allocation.block_bits):
+    for block, bits in enumerate(allocation.player_bits):
         for tensor in spec.block_matrices(block):
             played = backend.quantise(torch.from_numpy(read_tensor(directory, tensor)), bits).weight.numpy()
             heads = {"attn_q": 4, "attn_k": 2}.get(tensor.gguf_name.split(".")[2])

@@ -55,7 +55,7 @@ def test_memory_decides_how_many_blocks_get_4_bit(spec: ModelSpec, sizes: tuple[
     for blocks, bits in expected.items():
         for slack in (0, step - 1):
             made = allocate(spec, device_with(two + blocks * step + slack, spec))
-            assert made.block_bits == bits, (blocks, slack)
+            assert made.player_bits == bits, (blocks, slack)
             assert made.everything_fits == (blocks == 3)
             device = device_with(two + blocks * step + slack, spec)
             size = made.predicted_file_bytes
@@ -69,13 +69,13 @@ def test_one_byte_too_few_says_the_smallest_that_works(spec: ModelSpec, sizes: t
         allocate(spec, device_with(sizes[0] - 1, spec))
     with pytest.raises(AllocationError, match=f"--budget {sizes[0]}"):
         allocate(spec, load_device("laptop-16gb"), file_budget_bytes=sizes[0] - 1)
-    assert allocate(spec, load_device("laptop-16gb"), file_budget_bytes=sizes[0]).block_bits == (2, 2, 2)
+    assert allocate(spec, load_device("laptop-16gb"), file_budget_bytes=sizes[0]).player_bits == (2, 2, 2)
 
 
 @pytest.mark.parametrize(("bits", "expected"), [("3", 1), ("10/3", 2), ("3.33", 1), ("2", 0), ("4", 3)])
 def test_average_bits_are_an_exact_limit(spec: ModelSpec, bits: str, expected: int) -> None:
     made = allocate(spec, load_device("laptop-16gb"), average_bits=Fraction(bits))
-    assert made.block_bits.count(4) == expected
+    assert made.player_bits.count(4) == expected
     assert made.average_bits <= float(Fraction(bits))
 
 
@@ -91,7 +91,7 @@ def test_repacked_copies_count_against_memory(spec: ModelSpec, sizes: tuple[int,
     for missing, bits in ((0, (4, 2, 2)), (1, (2, 2, 2))):
         memory = plain.memory_bytes + embedding_bytes - spared + one_more - missing
         made = allocate(spec, dataclasses.replace(repacking, memory_bytes=memory))
-        assert made.block_bits == bits
+        assert made.player_bits == bits
         assert made.problem.constraints[0].costs == (one_more,) * 3
 
 
@@ -100,7 +100,7 @@ def test_every_limit_holds_at_once(spec: ModelSpec, sizes: tuple[int, int]) -> N
     made = allocate(
         spec, device_with(sizes[0] + 2 * step, spec), average_bits=Fraction(4), file_budget_bytes=sizes[0] + step
     )
-    assert made.block_bits == (4, 2, 2) and made.budget_bytes == sizes[0] + step
+    assert made.player_bits == (4, 2, 2) and made.budget_bytes == sizes[0] + step
 
 
 def test_record_survives_the_disk_and_notices_edits(spec: ModelSpec, tmp_path: Path) -> None:
@@ -110,9 +110,9 @@ def test_record_survives_the_disk_and_notices_edits(spec: ModelSpec, tmp_path: P
     assert made.predicted_file_bytes == HEADER_BYTES + data_bytes(spec, made.tensor_types)
     swapped = {**made.tensor_types, "blk.0.attn_q.weight": made.tensor_types["blk.1.attn_q.weight"]}
     for change in (
-        {"block_bits": (4, 4, 4)},
-        {"block_bits": (4, 2)},
-        {"block_bits": (3, 3, 3)},
+        {"player_bits": (4, 4, 4)},
+        {"player_bits": (4, 2)},
+        {"player_bits": (3, 3, 3)},
         {"tensor_types": swapped},
         {"tensor_types": {}},
         {"outer_type": TensorType.F32},

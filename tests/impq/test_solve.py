@@ -81,3 +81,36 @@ def test_scale_of_the_losses_does_not_matter() -> None:
             problem.constraints,
         )
         assert solve(scaled).demoted == solve(problem).demoted
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), n_players=st.integers(2, 9))
+def test_any_symmetric_matrix_will_do(seed: int, n_players: int) -> None:
+    """A fitted pairwise model is no covariance and need not be convex."""
+    rng = np.random.default_rng(seed)
+    pairs = rng.normal(size=(n_players, n_players))
+    budget = Constraint("budget", "bytes", tuple(int(c) for c in rng.integers(1, 9, n_players)), 3 * n_players)
+    quadratic = tuple(map(tuple, (pairs + pairs.T).tolist()))
+    problem = Problem(tuple(rng.normal(size=n_players).tolist()), quadratic, (budget,))
+    solution = solve(problem)
+    best = min(problem.objective(q) for q in product((0, 1), repeat=n_players) if problem.is_feasible(q))
+    assert solution.objective == pytest.approx(best, abs=1e-6 * max(1.0, np.abs(quadratic).max()))
+    assert solution.lower_bound <= solution.objective and solution.relaxation_bound <= best + 1e-6
+
+
+def test_two_hundred_players() -> None:
+    """As many as a 30-block model has matrices; the bound proves the answer."""
+    rng = np.random.default_rng(0)
+    typical = rng.exponential(0.01, size=210)
+    walks = typical * (1 + 0.3 * rng.normal(size=(100, 210)))
+    phi = walks.mean(axis=0)
+    linear, quadratic = published_objective(phi, np.cov(walks.T, bias=True), 0.5)
+    costs = tuple(int(c) for c in rng.integers(1, 9, 210) * 65_536)
+    problem = Problem(
+        tuple(linear.tolist()),
+        tuple(map(tuple, quadratic.tolist())),
+        (Constraint("b", "bytes", costs, sum(costs) // 2),),
+    )
+    solution = solve(problem)
+    assert problem.is_feasible(solution.demoted)
+    assert solution.objective - solution.lower_bound <= 1e-6 * np.abs(linear).max()

@@ -23,7 +23,7 @@ def test_rows_that_hold_no_k_quants_are_told_with_their_cost(tmp_path: Path) -> 
         tmp_path / "m", "llama", hidden_size=192, num_attention_heads=3, num_key_value_heads=3, intermediate_size=512
     )
     spec = read_model(directory)
-    found = fallbacks(spec, [Q2] * 3, Q6)
+    found = fallbacks(spec, Q2, Q6)
     # Everything with rows of 192: the embedding, and all matrices of a block but ffn_down (rows of 512).
     assert len(found) == 1 + 3 * 6
     assert {(f.wanted, f.stored) for f in found} == {(Q2, TensorType.Q4_0), (Q6, TensorType.Q8_0)}
@@ -35,4 +35,4 @@ def test_rows_that_hold_no_k_quants_are_told_with_their_cost(tmp_path: Path) -> 
 
 
 def test_rows_that_fit_need_no_permission(checkpoints: dict[str, Path]) -> None:
-    require_no_fallback(fallbacks(read_model(checkpoints["llama"]), [Q2] * 3, Q6))
+    require_no_fallback(fallbacks(read_model(checkpoints["llama"]), Q2, Q6))
