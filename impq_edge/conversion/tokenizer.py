@@ -70,6 +70,13 @@ _BYTE_LEVEL: dict[str, list[list[Any]]] = {
 }
 """``tokenizer.ggml.pre`` of a byte-level BPE → its pre-tokenizer."""
 
+_RARE = frozenset(
+    chr(256 + byte) if byte < 0x20 else chr(byte)
+    for byte in {*range(0x20), 0xC0, 0xC1, 0xF1, 0xF2, *range(0xF5, 0x100)} - {*b"\t\n\v\f\r"}
+)
+"""Characters of the bytes that a byte-level vocabulary may lack: control characters, and what UTF-8 never uses or only
+for planes that Unicode has left unassigned (4 to 11). SmolLM2's vocabulary lacks 21 of them."""
+
 _IGNORE_MERGES = {"llama-bpe"}  # llama.cpp then takes a word that is a token whole, as ``ignore_merges`` does
 
 _VISIBLE_SPACES = ["Replace", {"String": " "}, "▁"]
@@ -242,7 +249,7 @@ def _byte_level(file: TokenizerFile, merges: Sequence[Merge], path: Path) -> tup
     pre = next((name for name, steps in _BYTE_LEVEL.items() if steps == found), None)
     if pre is None:
         raise refusal(path, f"its pre_tokenizer is {_told(found)}, none of {', '.join(_BYTE_LEVEL)}")
-    missing = sorted(set(ByteLevel.alphabet()) - file.model.vocab.keys())
+    missing = sorted(set(ByteLevel.alphabet()) - _RARE - file.model.vocab.keys())
     if missing:  # what transformers then leaves out of the text, llama.cpp keeps between the tokens it merges
         raise refusal(path, f"its vocabulary lacks {len(missing)} of the 256 bytes, {shown(missing[0])} among them")
     if any(" " in left + right for left, right in merges):
