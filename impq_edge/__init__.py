@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from impq_edge.devices.profile import device_names, load_device
     from impq_edge.releases.build import build
+    from impq_edge.spqe.options import GameOptions
     from impq_edge.stages import allocate, convert, profile
     from impq_edge.validation.validate import validate
 
-__all__ = ["allocate", "build", "convert", "device_names", "load_device", "profile", "validate"]
+__all__ = ["GameOptions", "allocate", "build", "convert", "device_names", "load_device", "profile", "validate"]
 __version__ = "0.1.0"
 
 _HOMES = {
+    "GameOptions": "impq_edge.spqe.options",
     "allocate": "impq_edge.stages",
     "build": "impq_edge.releases.build",
     "convert": "impq_edge.stages",

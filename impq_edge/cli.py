@@ -9,7 +9,7 @@ import shlex
 import sys
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -19,10 +19,12 @@ from impq_edge.errors import (
     EXIT_CHECK_FAILED,
     AllocationError,
     ImpqError,
+    SensitivityError,
 )
 
 if TYPE_CHECKING:
     from impq_edge.devices.profile import DeviceProfile
+    from impq_edge.spqe.options import GameOptions
     from impq_edge.validation.doctor import DoctorReport
     from impq_edge.validation.report import ValidationReport
 
@@ -40,14 +42,45 @@ app.add_typer(devices_app, name="devices")
 
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|KiB|MB|MiB|GB|GiB)?", re.IGNORECASE)
 _BITS = re.compile(r"\d{1,3}(?:\.\d{1,9}|/[1-9]\d{0,5})?")
+_DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*(s|min|h)")
+_SECONDS = {"s": 1, "min": 60, "h": 3600}
 _UNITS = {"b": 1, "kb": 10**3, "kib": 2**10, "mb": 10**6, "mib": 2**20, "gb": 10**9, "gib": 2**30}
 
 Model = Annotated[str, typer.Option(help="`demo`, a checkpoint directory, or a hub id such as `org/name`.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 Device = Annotated[str, typer.Option(help="A name from `impq-edge devices`, or a TOML file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Backend = Annotated[Literal["kquant", "hqq"], typer.Option(help="What quantises the blocks in the game.")]
-Permutations = Annotated[int, typer.Option(min=1, help="Walks from all-4-bit to all-2-bit; the paper: 100.")]
+Backend = Annotated[Literal["kquant", "hqq", "quanto", "gptq"], typer.Option(help="What quantises in the game.")]
+GroupSize = Annotated[
+    int | None, typer.Option(min=1, help="Weights that share a scale (hqq, quanto, gptq); the library's default.")
+]
+Axis = Annotated[int | None, typer.Option(min=0, max=1, help="Axis of hqq's groups; the library's default.")]
+DampPercent = Annotated[float | None, typer.Option(help="Damping of gptq's Hessian; the library's default.")]
+Sym = Annotated[bool | None, typer.Option("--sym/--no-sym", help="Symmetric codes (gptq); the library's default.")]
+Importance = Annotated[bool, typer.Option(help="Encode with an importance matrix (kquant).")]
+Players = Annotated[
+    Literal["blocks", "sublayers", "tensors"], typer.Option(help="What drops to 2 bit together; the paper: blocks.")
+]
+Estimator = Annotated[
+    Literal["permutations", "antithetic", "stratified"],
+    typer.Option(help="Which coalitions: independent walks (the paper), walks and their reverse, complement pairs."),
+]
+Permutations = Annotated[
+    int, typer.Option(min=1, help="Walks from all-4-bit to all-2-bit, or as many evaluations; the paper: 100.")
+]
+UntilStable = Annotated[
+    str | None,
+    typer.Option(
+        metavar="WHAT",
+        help="Stop early once `order`, or the allocations at average bits such as `2.5,3`, have stopped changing; "
+        "in build also `allocation`, this device's.",
+    ),
+]
+TimeLimit = Annotated[str | None, typer.Option(help="Stop early after so long, such as `90s`, `10min` or `2h`.")]
+Workers = Annotated[
+    int, typer.Option(min=0, help="Processes that play the game, one GPU each; needs impq-edge[cluster]. 0: this one.")
+]
+RayAddress = Annotated[str | None, typer.Option(help="`host:port` of a running Ray cluster, for several machines.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Calibration tokens per evaluation, in windows of 512.")]
 Calibration = Annotated[Path | None, typer.Option(help="Calibration text, UTF-8; a short one ships.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the permutations.")]
@@ -98,36 +131,64 @@ def profile(
     out: Annotated[Path, typer.Option("--out", "-o", help="The profile to write.")],
     model: Model = "demo",
     backend: Backend = "kquant",
+    group_size: GroupSize = None,
+    axis: Axis = None,
+    damp_percent: DampPercent = None,
+    sym: Sym = None,
+    importance: Importance = False,
+    players: Players = "blocks",
+    estimator: Estimator = "permutations",
     permutations: Permutations = 8,
+    until_stable: UntilStable = None,
+    time_limit: TimeLimit = None,
     tokens: Tokens = 4096,
     calibration: Calibration = None,
     seed: Seed = 0,
+    compute: Compute = None,
+    workers: Workers = 0,
+    ray_address: RayAddress = None,
     revision: Revision = None,
     allow_fallback: AllowFallback = False,
-    compute: Compute = None,
     as_json: Json = False,
 ) -> None:
-    """Estimate how much each block suffers at 2 bit (SPQE). A killed run goes on where it stopped.
+    """Estimate how much each player suffers at 2 bit (SPQE). A killed run goes on where it stopped.
 
     Example: `impq-edge profile --model meta-llama/Llama-3.2-1B --permutations 100 -o llama.json`
     """
     from impq_edge import stages
+    from impq_edge.model.players import players_of
 
+    game = _game_options(
+        backend=backend, group_size=group_size, axis=axis, damp_percent=damp_percent, sym=sym,
+        importance=importance,
+        players=players, estimator=estimator, permutations=permutations, until_stable=until_stable,
+        time_limit=time_limit, tokens=tokens, calibration=calibration, seed=seed, compute=compute,
+        workers=workers, ray_address=ray_address,
+    )  # fmt: skip
     with console.progress() as advance:
         made = stages.profile(
-            model, out=out, backend=backend, permutations=permutations, tokens=tokens, calibration=calibration,
-            seed=seed, revision=revision, allow_fallback=allow_fallback, compute=compute, progress=advance,
+            model, out=out, game=game, revision=revision, allow_fallback=allow_fallback, say=console.say,
+            progress=advance,
         )  # fmt: skip
+    names = [player.name for player in players_of(made.model, game.players)]
     if as_json:
         console.show_json(
-            {"profile": str(out), "sha256": made.identity(), "phi": made.phi, "phi_stderr": made.phi_stderr}
+            {
+                "profile": str(out),
+                "sha256": made.identity(),
+                "players": names,
+                "phi": made.phi,
+                "phi_stderr": made.phi_stderr,
+                "evaluations": len(made.evaluations),
+                "stopped_by": made.stopped_by,
+            }
         )
         return
     rows = [
-        [str(block), f"{phi:+.5f}", f"{error:.5f}"]
-        for block, (phi, error) in enumerate(zip(made.phi, made.phi_stderr, strict=True))
+        [name, f"{phi:+.5f}", f"{error:.5f}"] for name, phi, error in zip(names, made.phi, made.phi_stderr, strict=True)
     ]
-    console.show_table(f"Loss increase at 2 bit, {made.model.name}", ["block", "φ, nats/token", "± s.e."], rows)
+    console.show_table(f"Loss increase at 2 bit, {made.model.name}", ["player", "φ, nats/token", "± s.e."], rows)
+    console.show_line(f"{len(made.evaluations)} evaluations, stopped by {made.stopped_by}")
 
 
 @app.command(epilog=_EPILOG)
@@ -156,7 +217,7 @@ def allocate(
     if as_json:
         console.show_json(made.to_json())
         return
-    console.show_line("bits per block: " + " ".join(str(bits) for bits in made.block_bits))
+    console.show_line(f"bits per player ({made.players}): " + " ".join(str(bits) for bits in made.player_bits))
     console.show_line(
         f"{made.average_bits:.3f} bits on average, {made.predicted_file_bytes:,} of {made.budget_bytes:,} bytes, "
         + (
@@ -238,10 +299,22 @@ def build(
     model: Model = "demo",
     revision: Revision = None,
     backend: Backend = "kquant",
+    group_size: GroupSize = None,
+    axis: Axis = None,
+    damp_percent: DampPercent = None,
+    sym: Sym = None,
+    importance: Importance = False,
+    players: Players = "blocks",
+    estimator: Estimator = "permutations",
     permutations: Permutations = 8,
+    until_stable: UntilStable = None,
+    time_limit: TimeLimit = None,
     tokens: Tokens = 4096,
     calibration: Calibration = None,
     seed: Seed = 0,
+    compute: Compute = None,
+    workers: Workers = 0,
+    ray_address: RayAddress = None,
     profile: Annotated[
         str | None,
         typer.Option(help="A finished sensitivity profile, file or shipped name; the game's options are then unused."),
@@ -255,7 +328,6 @@ def build(
     allow_fallback: AllowFallback = False,
     text: Text = None,
     windows: Windows = 24,
-    compute: Compute = None,
     as_json: Json = False,
 ) -> None:
     """Build the best GGUF for a device: profile, allocate, convert, validate, report.
@@ -266,12 +338,19 @@ def build(
     """
     from impq_edge.releases import build as pipeline
 
+    game = _game_options(
+        backend=backend, group_size=group_size, axis=axis, damp_percent=damp_percent, sym=sym,
+        importance=importance,
+        players=players, estimator=estimator, permutations=permutations, until_stable=until_stable,
+        time_limit=time_limit, tokens=tokens, calibration=calibration, seed=seed, compute=compute,
+        workers=workers, ray_address=ray_address,
+    )  # fmt: skip
     with console.progress() as advance:
         made = pipeline.build(
-            device, out=out, model=model, revision=revision, backend=backend, permutations=permutations, tokens=tokens,
-            calibration=calibration, seed=seed, sensitivity=Path(profile) if profile else None, context_tokens=context,
-            kv_type=kv_type, budget_bytes=_bytes(budget), average_bits=_fraction(average_bits), alpha=alpha,
-            outer_type=head_type, allow_fallback=allow_fallback, text=text, windows=windows, compute=compute,
+            device, out=out, model=model, revision=revision, game=game,
+            sensitivity=Path(profile) if profile else None, context_tokens=context, kv_type=kv_type,
+            budget_bytes=_bytes(budget), average_bits=_fraction(average_bits), alpha=alpha, outer_type=head_type,
+            allow_fallback=allow_fallback, text=text, windows=windows,
             command=_command_line(), say=console.say, progress=advance,
         )  # fmt: skip
     if as_json:
@@ -361,6 +440,38 @@ def _device_rows(device: "DeviceProfile") -> list[list[str]]:
     }
     flat = {key: value for key, value in shown.items() if not isinstance(value, dict)} | nested
     return [[key, str(value), sources.get(key.split(".")[0], "")] for key, value in flat.items() if value is not None]
+
+
+def _game_options(
+    *,
+    group_size: int | None,
+    axis: int | None,
+    damp_percent: float | None,
+    sym: bool | None,
+    importance: bool,
+    time_limit: str | None,
+    **others: Any,
+) -> "GameOptions":
+    from impq_edge.spqe.options import GameOptions
+
+    settings = {
+        "group_size": group_size, "axis": axis, "damp_percent": damp_percent, "sym": sym,
+        "importance": importance or None,
+    }  # fmt: skip
+    return GameOptions(
+        backend_settings={key: value for key, value in settings.items() if value is not None},
+        time_limit_s=_seconds(time_limit),
+        **others,
+    )
+
+
+def _seconds(text: str | None) -> float | None:
+    if text is None:
+        return None
+    found = _DURATION.fullmatch(text.strip())
+    if found is None:
+        raise SensitivityError(f"--time-limit {text!r} is not a time; write it like 90s, 10min or 1.5h.")
+    return float(found[1]) * _SECONDS[found[2]]
 
 
 def _bytes(text: str | None) -> int | None:

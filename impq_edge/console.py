@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -51,7 +52,9 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(compact=True),
     )  # fmt: skip
-    with Progress(*columns, console=_err, transient=True, disable=not _err.is_terminal) as bars:
+    # Bound to the stream of this moment: a library's output may be kept away from sys.stderr for a while.
+    screen = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bars:
         tasks: dict[str, TaskID] = {}
 
         def advance(phase: str, done: int, total: int) -> None:

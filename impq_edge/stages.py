@@ -1,7 +1,7 @@
 """The stages as functions: records in, records out. What the command line calls, and notebooks may."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,18 +19,18 @@ from impq_edge.model.calibration import Windows, read_windows
 from impq_edge.model.recipe import TensorTypes, data_bytes, fallbacks, require_no_fallback, tensor_types
 from impq_edge.model.source import DEMO, Source, fetch, find
 from impq_edge.model.spec import ModelSpec, read_model
-from impq_edge.records import sha256_file
-from impq_edge.spqe.profile import SensitivityProfile
-from impq_edge.spqe.run import estimate_sensitivity, game_settings
+from impq_edge.records import sha256_file, sha256_json
+from impq_edge.spqe.estimate import Estimate
+from impq_edge.spqe.options import GameOptions, stability_answer
+from impq_edge.spqe.profile import Design, SensitivityProfile
+from impq_edge.spqe.run import Limits, Measured, Workers, estimate_sensitivity, game_settings
+from impq_edge.spqe.table import Job
 
 Progress = Callable[[str, int, int], None]
 """Told the name of a phase, what is done and what there is in all; the unit is the phase's own."""
 
 _MIB = 2**20
 
-DEFAULT_PERMUTATIONS = 8  # a CPU's worth for the demo; the paper's setting is 100
-DEFAULT_TOKENS = 4096
-DEFAULT_WINDOW_TOKENS = 512
 OUTER_TYPES = (TensorType.Q6_K, TensorType.Q8_0, TensorType.Q4_K, TensorType.F16)
 FILE_TYPES = (TensorType.F32, TensorType.F16, TensorType.Q8_0, TensorType.Q4_K, TensorType.Q2_K)
 
@@ -39,18 +39,14 @@ def profile(
     model: str | Source = DEMO,
     *,
     out: Path,
-    backend: str = "kquant",
-    permutations: int = DEFAULT_PERMUTATIONS,
-    tokens: int = DEFAULT_TOKENS,
-    window_tokens: int = DEFAULT_WINDOW_TOKENS,
-    calibration: Path | None = None,
-    seed: int = 0,
+    game: GameOptions | None = None,
+    request: Request | None = None,
     revision: str | None = None,
     allow_fallback: bool = False,
-    compute: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
     progress: Progress = lambda *_: None,
 ) -> SensitivityProfile:
-    """Estimate how much each block suffers at 2 bit (SPQE as published) and save it.
+    """Estimate how much each player suffers at 2 bit (SPQE) and save it.
 
     Parameters
     ----------
@@ -58,42 +54,75 @@ def profile(
         ``"demo"``, a checkpoint directory, a hub id, or what :func:`impq_edge.model.source.find` found.
     out
         Where the profile is saved. Losses are kept in ``<out>.journal`` until it is whole; a killed run
-        goes on from there, and a finished one with the same inputs is not redone.
-    backend
-        One of :data:`impq_edge.backends.NAMES`.
-    permutations
-        M walks; the paper's setting is 100.
-    tokens, window_tokens
-        Calibration tokens, cut into windows.
-    calibration
-        A UTF-8 text; the one that ships with the package by default.
-    compute
-        ``"cuda"`` or ``"cpu"``; CUDA when there is one by default.
+        goes on from there. A finished profile with the same inputs is not redone; one of the same game
+        with fewer permutations, or cut short, is gone on with.
+    game
+        How sensitivity is measured.
+    request
+        The allocation that must have stopped changing where ``game.until_stable`` is ``"allocation"``.
+    say
+        Told what the game took: evaluations, and the share of the blocks they recomputed.
 
     Raises
     ------
     ImpqError
         One sentence for whatever cannot be used; see the subclasses in :mod:`impq_edge.errors`.
     """
-    chosen = load_backend(backend)
-    require_game(permutations, seed)
-    device = require_compute(compute)
+    game = game or GameOptions()
+    backend = load_backend(game.backend, **game.backend_settings)
+    device = require_compute(game.compute)
     directory, spec = open_model(model, revision, progress)
     require_rows(spec, allow_fallback)
-    tokenizer = _tokenizer(directory, spec)
-    windows = calibration_windows(directory, calibration, tokens, window_tokens)
-    settings = game_settings(backend, chosen, windows, n_permutations=permutations, seed=seed, device=device)
+    header = header_bytes(spec, _tokenizer(directory, spec))
+    windows = calibration_windows(directory, game.calibration, game.tokens, game.window_tokens)
+    settings = game_settings(game.backend, backend, windows, players=game.players, device=device)
+    until_stable, answer = _stability(game, spec, header, request)
+    design = Design(game.estimator, game.permutations, game.seed, until_stable)
+    known = {}
     if out.exists():
         found = SensitivityProfile.load(out)
-        if found.model.content_sha256 == spec.content_sha256 and found.settings == settings:
+        if found.model.content_sha256 != spec.content_sha256 or found.settings != settings:
+            raise SensitivityError(
+                f"{out} is a profile of other inputs; give another -o, or delete it to make it anew."
+            )
+        if found.design == design and found.stopped_by != "time":
             return found
-        raise SensitivityError(f"{out} is a profile of other inputs; give another -o, or delete it to make it anew.")
+        known = found.window_losses
     journal = out.with_name(f"{out.name}.journal")
-    header = header_bytes(spec, tokenizer)
-    measured = estimate_sensitivity(directory, spec, header, chosen, windows, settings, journal, progress)
+    measured = estimate_sensitivity(
+        Job(directory, spec, backend, windows, settings), header, design, journal, known=known,
+        limits=Limits(answer, game.time_limit_s), workers=Workers(game.workers, game.ray_address), progress=progress,
+    )  # fmt: skip
     measured.profile.save(out)
     journal.unlink(missing_ok=True)
+    say(_told(measured))
     return measured.profile
+
+
+def _told(measured: Measured) -> str:
+    done = f"{measured.evaluations:,} evaluations, which recomputed {measured.recomputed_share:.0%} of the blocks"
+    if measured.streamed_blocks:
+        done += f"; {measured.streamed_blocks} blocks were streamed from host memory, for want of GPU memory"
+    return f"{done}."
+
+
+def _stability(
+    game: GameOptions, spec: ModelSpec, header: int, request: Request | None
+) -> tuple[str, Callable[[Estimate], Hashable] | None]:
+    """Return how a profile records what must have stopped changing, and the function that answers it."""
+    if game.until_stable is None:
+        return "", None
+    if game.until_stable != "allocation":
+        return game.until_stable, stability_answer(game.until_stable, spec, game.players)
+    if request is None:
+        raise SensitivityError(
+            "--until-stable allocation needs a device; use it with build, or give average bits such as 2.5,3."
+        )
+
+    def allocation(found: Estimate) -> tuple[int, ...]:
+        return allocate_blocks(spec, header, found.phi, found.covariance, "", request, game.players).player_bits
+
+    return f"allocation {sha256_json(repr(request))[:16]}", allocation
 
 
 def allocate(
@@ -137,8 +166,9 @@ def allocate(
         alpha=alpha, outer_type=outer_type,
     )  # fmt: skip
     allocation = allocate_blocks(
-        found.model, found.header_bytes, estimate.phi, estimate.covariance, found.identity(), request
-    )
+        found.model, found.header_bytes, estimate.phi, estimate.covariance, found.identity(), request,
+        found.settings.players,
+    )  # fmt: skip
     allocation.check(found.model)
     if out is not None:
         allocation.save(out)
@@ -176,20 +206,6 @@ def require_allocatable(source: Source, spec: ModelSpec, request: Request) -> No
     """Refuse what no allocation can meet, before a game is played for it; ``source`` has been fetched."""
     assert source.directory is not None
     require_feasible(spec, header_bytes(spec, _tokenizer(source.directory, spec)), request)
-
-
-def require_game(permutations: int, seed: int) -> None:
-    """Refuse settings of the game that mean nothing.
-
-    Raises
-    ------
-    SensitivityError
-        When fewer than one permutation is asked for, or the seed is negative.
-    """
-    if permutations < 1:
-        raise SensitivityError(f"--permutations {permutations} is too few; ask for 1 or more (the paper: 100).")
-    if seed < 0:
-        raise SensitivityError(f"--seed {seed} is negative; give 0 or more.")
 
 
 def convert(
@@ -300,16 +316,15 @@ def uniform_types(spec: ModelSpec, kind: TensorType, outer: TensorType, allow_fa
     """Return the types of a uniform file: its blocks at ``kind``; floats and Q8_0 take the outside too."""
     if kind not in BLOCK_TYPES.values():
         outer = kind
-    blocks = [kind] * spec.n_blocks
     if not allow_fallback:
-        require_no_fallback(fallbacks(spec, blocks, outer))
-    return tensor_types(spec, blocks, outer)
+        require_no_fallback(fallbacks(spec, kind, outer))
+    return tensor_types(spec, [kind] * spec.n_blocks, outer)
 
 
 def require_rows(spec: ModelSpec, allow_fallback: bool, outer: TensorType = TensorType.Q6_K) -> None:
     """Refuse a model whose rows hold no K-quants, unless the substitution is allowed."""
     if not allow_fallback:
-        require_no_fallback(fallbacks(spec, [TensorType.Q2_K] * spec.n_blocks, outer))
+        require_no_fallback(fallbacks(spec, TensorType.Q2_K, outer))
 
 
 def _file_type(kind: TensorType | str | None) -> TensorType:

@@ -44,7 +44,11 @@ def _measure(
     f16 = impq_edge.convert(model, type="f16", out=folder / "f16.gguf")
     reference = impq_edge.validate(folder / "f16.gguf", device=impq_edge.load_device(device), fill_s=0)
     made = impq_edge.build(
-        device, model=model, out=folder / "build", average_bits=average_bits, permutations=permutations
+        device,
+        model=model,
+        out=folder / "build",
+        average_bits=average_bits,
+        game=impq_edge.GameOptions(permutations=permutations),
     )
     return [
         ("F16", f16, reference, reference),

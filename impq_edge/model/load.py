@@ -55,10 +55,14 @@ def _quiet() -> Iterator[None]:
         logging.disable(previous)
 
 
-def load_model(directory: Path, spec: ModelSpec, device: "torch.device", dtype: "torch.dtype") -> Any:
+def load_model(
+    directory: Path, spec: ModelSpec, device: "torch.device", dtype: "torch.dtype", *, blocks_on_host: bool = False
+) -> Any:
     """Load the checkpoint as a ``transformers`` causal language model, in evaluation mode, on ``device``.
 
-    Neither code nor pickles from the checkpoint are ever run.
+    With ``blocks_on_host`` its Transformer blocks stay in host memory, and ``accelerate`` moves each to the
+    device while it runs: for models larger than the GPU. Neither code nor pickles from the checkpoint are
+    ever run.
     """
     import transformers
 
@@ -75,5 +79,13 @@ def load_model(directory: Path, spec: ModelSpec, device: "torch.device", dtype: 
             local_files_only=True,
             attn_implementation=attention,
             **{dtype_argument: dtype},
+            **({} if device.type == "cpu" else {"device_map": _device_map(spec, device, blocks_on_host)}),
         )
-    return model.to(device).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
+
+
+def _device_map(spec: ModelSpec, device: "torch.device", blocks_on_host: bool) -> dict[str, Any]:
+    if not blocks_on_host:
+        return {"": device}  # straight from the file to the GPU
+    parts: dict[str, Any] = dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"], device)
+    return parts | {f"model.layers.{block}": "cpu" for block in range(spec.n_blocks)}

@@ -9,14 +9,15 @@ from fractions import Fraction
 from pathlib import Path
 from typing import ClassVar
 
-from impq_edge.backends import NAMES, load_backend
+from impq_edge.backends import Backend, load_backend, load_recorded
 from impq_edge.conversion.artifact import Artifact
 from impq_edge.data import data_path
 from impq_edge.devices.memory import MemoryPlan, memory_plan
 from impq_edge.devices.profile import DeviceProfile, KvType, load_device
-from impq_edge.errors import BackendError, RecordError, ValidationError
+from impq_edge.errors import RecordError, ValidationError
 from impq_edge.impq.allocate import Request
 from impq_edge.impq.allocation import BLOCK_TYPES, Allocation
+from impq_edge.model.players import players_of
 from impq_edge.model.recipe import tensor_types
 from impq_edge.model.source import DEMO, Source, find
 from impq_edge.model.spec import ModelSpec
@@ -24,13 +25,12 @@ from impq_edge.records import Record, atomic_path, read_text
 from impq_edge.releases.preview import Preview, preview
 from impq_edge.releases.report import Comparison, render
 from impq_edge.spqe.journal import to_text
+from impq_edge.spqe.options import DEFAULT_WINDOW_TOKENS, GameOptions
 from impq_edge.spqe.profile import SensitivityProfile
 from impq_edge.spqe.run import COMPUTE_DTYPES, measure_coalitions
 from impq_edge.spqe.sampling import Coalition, uniform
+from impq_edge.spqe.table import Job
 from impq_edge.stages import (
-    DEFAULT_PERMUTATIONS,
-    DEFAULT_TOKENS,
-    DEFAULT_WINDOW_TOKENS,
     allocate,
     allocation_request,
     calibration_windows,
@@ -41,7 +41,6 @@ from impq_edge.stages import (
     record_path,
     require_allocatable,
     require_compute,
-    require_game,
     require_rows,
 )
 from impq_edge.validation.report import ValidationReport
@@ -85,11 +84,7 @@ def build(
     out: Path,
     model: str = DEMO,
     revision: str | None = None,
-    backend: str = "kquant",
-    permutations: int = DEFAULT_PERMUTATIONS,
-    tokens: int = DEFAULT_TOKENS,
-    calibration: Path | None = None,
-    seed: int = 0,
+    game: GameOptions | None = None,
     sensitivity: Path | None = None,
     context_tokens: int | None = None,
     kv_type: KvType | None = None,
@@ -100,7 +95,6 @@ def build(
     allow_fallback: bool = False,
     text: Path | None = None,
     windows: int = DEFAULT_WINDOWS,
-    compute: str | None = None,
     command: str = "",
     say: Say = lambda _: None,
     progress: Progress = lambda *_: None,
@@ -113,6 +107,8 @@ def build(
         A shipped name, a TOML file, or a loaded profile.
     out
         A directory, of its own for every build; an unfinished one is gone on with.
+    game
+        How sensitivity is measured.
     sensitivity
         A finished sensitivity profile of this model, which spares the longest stage.
     command
@@ -129,10 +125,9 @@ def build(
         One sentence for whatever cannot be used.
     """
     target = load_device(device) if isinstance(device, str) else device
-    if backend not in NAMES:
-        raise BackendError(f"Backend {backend!r} is unknown; choose one of {', '.join(NAMES)}.")
-    require_game(permutations, seed)
-    compute = require_compute(compute)
+    game = game or GameOptions()
+    load_backend(game.backend, **game.backend_settings)  # before anything is downloaded
+    compute = require_compute(game.compute)
     request = allocation_request(
         target, context_tokens=context_tokens, kv_type=kv_type, budget_bytes=budget_bytes, average_bits=average_bits,
         alpha=alpha, outer_type=outer_type,
@@ -147,17 +142,17 @@ def build(
     require_allocatable(source, spec, request)
     profile_path = out / "sensitivity.json"
     done = sensitivity is not None or profile_path.exists()
-    cost = _preview(spec, 0 if done else permutations, tokens, windows, compute)
+    cost = _preview(spec, game, windows, compute, played=done)
     say(_told(cost, out))
 
     if sensitivity is not None:
         found = load_profile(sensitivity)
         _require_same_model(found, spec, sensitivity)
-        _require_same_text(found, directory, calibration, sensitivity)
+        _require_same_text(found, directory, game.calibration, sensitivity)
     else:
         found = profile(
-            source, out=profile_path, backend=backend, permutations=permutations, tokens=tokens,
-            calibration=calibration, seed=seed, allow_fallback=allow_fallback, compute=compute, progress=progress,
+            source, out=profile_path, game=game, request=request, allow_fallback=allow_fallback, say=say,
+            progress=progress,
         )  # fmt: skip
     allocation = allocate(
         found, device=target, context_tokens=context_tokens, kv_type=kv_type, budget_bytes=budget_bytes,
@@ -175,11 +170,11 @@ def build(
     artifact, validation = finish(_file_name(spec, allocation), None)
     compared = {
         bits: (artifact, validation)
-        if set(allocation.block_bits) == {bits}
+        if set(allocation.player_bits) == {bits}
         else finish(f"uniform-{bits}bit.gguf", bits)
         for bits in (4, 2)
     }
-    losses = _backend_losses(directory, found, allocation, calibration, out, progress)
+    losses = _backend_losses(directory, found, allocation, game.calibration, out, progress)
     plan = memory_plan(
         spec, allocation.tensor_types, artifact.file_bytes, target,
         context_tokens=allocation.context_tokens, kv_type=allocation.kv_type,
@@ -201,7 +196,7 @@ def summary(made: Build) -> dict[str, object]:
         "average_bits": made.allocation.average_bits,
         "bits_per_weight": made.artifact.bits_per_weight,
         "tensor_types": made.artifact.tensor_types,
-        "block_bits": list(made.allocation.block_bits),
+        "player_bits": list(made.allocation.player_bits),
         "device": made.device.name,
         "objective": made.allocation.objective,
         "lower_bound": made.allocation.lower_bound,
@@ -211,11 +206,12 @@ def summary(made: Build) -> dict[str, object]:
     }
 
 
-def _preview(spec: ModelSpec, permutations: int, tokens: int, windows: int, compute: str) -> Preview:
+def _preview(spec: ModelSpec, game: GameOptions, windows: int, compute: str, *, played: bool) -> Preview:
+    n_players = len(players_of(spec, game.players))
     return preview(
         spec,
-        evaluations=permutations * (spec.n_blocks - 1) + 2 if permutations else 0,
-        tokens=tokens,
+        evaluations=0 if played else game.permutations * (n_players - 1) + 2,
+        tokens=game.tokens,
         validation_tokens=windows * DEFAULT_WINDOW_TOKENS,
         files=3,
         compute=compute,
@@ -237,9 +233,10 @@ def _tell_allocation(allocation: Allocation, say: Say) -> None:
     if allocation.everything_fits:
         say(f"Everything fits {allocation.device} at 4 bit; {left / 2**20:,.1f} MiB would be left for more bits.")
     else:
-        blocks = sum(bits == 4 for bits in allocation.block_bits)
+        players = sum(bits == 4 for bits in allocation.player_bits)
         say(
-            f"{blocks} of {len(allocation.block_bits)} blocks at 4 bit, {allocation.average_bits:.2f} bits on average, "
+            f"{players} of {len(allocation.player_bits)} {allocation.players} at 4 bit, "
+            f"{allocation.average_bits:.2f} bits on average, "
             f"{allocation.predicted_file_bytes:,} bytes; proven optimal for the profile."
         )
 
@@ -254,7 +251,7 @@ def _require_same_model(found: SensitivityProfile, spec: ModelSpec, path: Path) 
 
 def _require_same_text(found: SensitivityProfile, directory: Path, calibration: Path | None, path: Path) -> None:
     """Another backend's losses are compared on the profile's own text, so that must be at hand."""
-    if found.settings.backend["name"] == "kquant":
+    if _is_what_ships(found):
         return
     windows = calibration_windows(directory, calibration, found.settings.tokens, found.settings.window_tokens)
     if windows.text_sha256 != found.settings.text_sha256:
@@ -286,8 +283,8 @@ def _converted(
     progress: Progress,
 ) -> Artifact:
     """Write the mix (``bits`` None) or a uniform file, unless it is there already."""
-    blocks = [BLOCK_TYPES[b] for b in (allocation.block_bits if bits is None else (bits,) * spec.n_blocks)]
-    types = tensor_types(spec, blocks, allocation.outer_type)
+    chosen = allocation.player_bits if bits is None else (bits,) * len(allocation.player_bits)
+    types = tensor_types(spec, [BLOCK_TYPES[b] for b in chosen], allocation.outer_type, allocation.players)
     record = record_path(path)
     if record.exists():
         found = Artifact.load(record)
@@ -331,6 +328,12 @@ def _validated(
     return report
 
 
+def _is_what_ships(found: SensitivityProfile) -> bool:
+    """Whether the game was played with the very weights that the writer stores."""
+    backend = load_recorded(found.settings.backend)
+    return found.settings.backend["name"] == "kquant" and backend == load_backend("kquant")
+
+
 def _backend_losses(
     directory: Path,
     found: SensitivityProfile,
@@ -340,8 +343,7 @@ def _backend_losses(
     progress: Progress,
 ) -> BackendLosses | None:
     """Compare the profile's backend with the K-quants that ship; None where they are the same."""
-    name = str(found.settings.backend["name"])
-    if name == "kquant":
+    if _is_what_ships(found):
         return None
     path = out / "backend-losses.json"
     if path.exists():
@@ -350,20 +352,19 @@ def _backend_losses(
             return kept
     device = require_compute(None)
     settings = dataclasses.replace(found.settings, device=device, dtype=COMPUTE_DTYPES[device])
-    n_blocks = found.model.n_blocks
-    mix: Coalition = tuple(4 if bits == 4 else 2 for bits in allocation.block_bits)
-    coalitions = [mix, uniform(4, n_blocks), uniform(2, n_blocks)]
+    mix: Coalition = tuple(4 if bits == 4 else 2 for bits in allocation.player_bits)
+    coalitions = [mix, uniform(4, len(mix)), uniform(2, len(mix))]
     windows = calibration_windows(directory, calibration, found.settings.tokens, found.settings.window_tokens)
-    measured = {
-        each: measure_coalitions(directory, found.model, load_backend(each), windows, settings, coalitions, progress)
-        for each in (name, "kquant")
-    }
+
+    def measured(backend: Backend) -> list[float]:
+        return measure_coalitions(Job(directory, found.model, backend, windows, settings), coalitions, progress)
+
     losses = BackendLosses(
         allocation.identity(),
         found.identity(),
         tuple(map(to_text, coalitions)),
-        tuple(measured[name]),
-        tuple(measured["kquant"]),
+        tuple(measured(load_recorded(found.settings.backend))),
+        tuple(measured(load_backend("kquant"))),
     )
     losses.save(path)
     return losses

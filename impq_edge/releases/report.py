@@ -10,6 +10,7 @@ from impq_edge.conversion.artifact import Artifact
 from impq_edge.devices.memory import MemoryPlan
 from impq_edge.devices.profile import DeviceProfile
 from impq_edge.impq.allocation import Allocation
+from impq_edge.model.players import players_of
 from impq_edge.spqe.profile import SensitivityProfile
 from impq_edge.validation.report import ValidationReport
 
@@ -43,7 +44,7 @@ def render(c: Comparison, command: str) -> str:
         f"blocks at {c.allocation.average_bits:.2f} bits on average · validation {verdict}",
         _headline(c),
         _quality(c),
-        _blocks(c),
+        _players(c),
         _memory(c),
         _checks(report),
         _backends(c),
@@ -112,25 +113,27 @@ def _perplexity(report: ValidationReport) -> str:
     return f"{report.perplexity:.3f} ± {report.perplexity_stderr:.3f}"
 
 
-def _blocks(c: Comparison) -> str:
-    estimate = c.profile.estimate()
+def _players(c: Comparison) -> str:
+    estimate, settings = c.profile.estimate(), c.profile.settings
     largest = max(float(np.abs(estimate.phi).max()), 1e-12)
     losses = c.profile.losses
-    all_4, all_2 = (losses[(bits,) * c.profile.model.n_blocks] for bits in (4, 2))
+    all_4, all_2 = (losses[(bits,) * c.profile.n_players] for bits in (4, 2))
     lines = [
-        "## Blocks",
+        f"## {settings.players.capitalize()}",
         "",
-        f"Loss increase when a block drops from 4 to 2 bit: mean over {len(c.profile.orders)} permutations on "
-        f"{c.profile.settings.tokens:,} tokens, with standard error. Unquantised "
-        f"{np.mean(c.profile.reference_losses):.4f}, all at 4 bit {all_4:.4f}, all at 2 bit {all_2:.4f} nats/token.",
+        f"Loss increase when one of the {settings.players} drops from 4 to 2 bit: Shapley values from "
+        f"{len(c.profile.evaluations):,} coalitions ({c.profile.design.estimator}) on {settings.tokens:,} tokens, with "
+        f"standard errors. Unquantised {np.mean(c.profile.reference_losses):.4f}, all at 4 bit {all_4:.4f}, all at "
+        f"2 bit {all_2:.4f} nats/token.",
         "",
-        "| block | bits | φ, nats/token | |",
-        "|---:|---:|---:|:---|",
+        f"| {settings.players.removesuffix('s')} | bits | φ, nats/token | |",
+        "|:---|---:|---:|:---|",
     ]
-    for block, bits in enumerate(c.allocation.block_bits):
-        phi, error = estimate.phi[block], estimate.phi_stderr[block]
+    names = [player.name.removeprefix("blk.") for player in players_of(c.profile.model, settings.players)]
+    for index, (name, bits) in enumerate(zip(names, c.allocation.player_bits, strict=True)):
+        phi, error = estimate.phi[index], estimate.phi_stderr[index]
         bar = "█" * round(_BAR_WIDTH * max(0.0, phi) / largest)
-        lines.append(f"| {block} | {bits} | {phi:+.5f} ± {error:.5f} | {bar} |")
+        lines.append(f"| {name} | {bits} | {phi:+.5f} ± {error:.5f} | {bar} |")
     return "\n".join(lines)
 
 
@@ -176,7 +179,7 @@ def _sample(report: ValidationReport) -> str:
 
 
 def _provenance(c: Comparison, command: str) -> str:
-    settings = c.profile.settings
+    settings, design = c.profile.settings, c.profile.design
     backend = ", ".join(f"{key} {value}" for key, value in settings.backend.items() if key != "name")
     report = c.mix[1]
     lines = [
@@ -185,7 +188,8 @@ def _provenance(c: Comparison, command: str) -> str:
         *([f"    {command}", ""] if command else []),
         f"- model content `{c.allocation.model_sha256}`",
         f"- sensitivity `{c.allocation.profile_sha256}`: {settings.backend['name']} ({backend}), "
-        f"{settings.permutations} permutations, seed {settings.seed}, {settings.device} {settings.dtype}, "
+        f"{design.estimator} of {design.permutations} permutations' cost, seed {design.seed}, stopped by "
+        f"{c.profile.stopped_by}, {settings.device} {settings.dtype}, "
         f"text `{settings.text_sha256[:16]}…`",
         f"- allocation `{c.allocation.identity()}`: α = {c.allocation.alpha}, "
         f"embedding and head {c.allocation.outer_type}",

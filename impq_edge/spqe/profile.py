@@ -1,18 +1,20 @@
-"""The record of one run of SPQE: every loss that was measured, and the published estimate from them."""
+"""The record of one run of SPQE: every loss that was measured, and the estimate from them."""
 
 import dataclasses
-from typing import ClassVar, Self
+from collections.abc import Iterable, Mapping
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
 from impq_edge.errors import SensitivityError
+from impq_edge.model.players import PlayerKind, players_of
 from impq_edge.model.spec import ModelSpec
 from impq_edge.records import STRICT, Record
-from impq_edge.spqe.estimate import Estimate, estimate, marginals
-from impq_edge.spqe.journal import from_text
-from impq_edge.spqe.sampling import Coalition, evaluation_order
+from impq_edge.spqe.estimate import Estimate, estimate
+from impq_edge.spqe.journal import from_text, to_text
+from impq_edge.spqe.sampling import Coalition, Draw, Estimator, evaluation_order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,41 +23,57 @@ class Evaluation:
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
-    coalition: str  # one digit per block: its bits
+    coalition: str  # one digit per player: its bits
     losses: tuple[float, ...]  # per calibration window, nats per token
 
 
 @dataclasses.dataclass(frozen=True)
 class GameSettings:
-    """Everything besides the model and the text that the losses depend on."""
+    """Everything besides the model that the losses depend on."""
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     backend: dict[str, str | int | float | bool]  # name, library version, settings
+    players: PlayerKind
     text_sha256: str
     tokens: int
     window_tokens: int
-    permutations: int
-    seed: int
     device: str  # cpu or cuda
     dtype: str
 
 
 @dataclasses.dataclass(frozen=True)
-class SensitivityProfile(Record):
-    """How a model's blocks suffer at 2 bit. Expensive to make, and reused for every device.
+class Design:
+    """Which coalitions are evaluated, and when enough of them have been."""
 
-    φ and C are stored for readers; they follow from the evaluations and are checked against them.
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
+
+    estimator: Estimator
+    permutations: int  # M, or as many evaluations in other draws
+    seed: int
+    until_stable: str = ""  # what must have stopped changing: "order", average bits, or a request's identity
+
+
+StoppedBy = Literal["permutations", "stability", "time"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SensitivityProfile(Record):
+    """How a model's players suffer at 2 bit. Expensive to make, and reused for every device.
+
+    φ, its errors and C are stored for readers; they follow from the evaluations and are checked against them.
     """
 
-    SCHEMA: ClassVar[str] = "impq-edge.sensitivity/1"
+    SCHEMA: ClassVar[str] = "impq-edge.sensitivity/2"
 
     model: ModelSpec
     header_bytes: int  # of a GGUF of this model, before its tensor data
     settings: GameSettings
+    design: Design
+    stopped_by: StoppedBy
     bits_per_weight: tuple[float, float]  # of the blocks' matrices in the backend's storage, at 2 and 4 bit
     reference_losses: tuple[float, ...]  # per window, unquantised, nats per token
-    orders: tuple[tuple[int, ...], ...]  # M permutations of the L blocks
+    draws: tuple[Draw, ...]  # orders of the N players, or sets of them that are at 4 bit
     evaluations: tuple[Evaluation, ...]
     phi: tuple[float, ...]
     phi_stderr: tuple[float, ...]
@@ -68,34 +86,60 @@ class SensitivityProfile(Record):
         model: ModelSpec,
         header_bytes: int,
         settings: GameSettings,
+        design: Design,
+        stopped_by: StoppedBy,
         bits_per_weight: tuple[float, float],
         reference_losses: NDArray[np.float64],
-        orders: NDArray[np.int64],
-        losses: dict[Coalition, NDArray[np.float64]],
+        draws: list[Draw],
+        losses: Mapping[Coalition, NDArray[np.float64]],
+        also: Iterable[Coalition] = (),
     ) -> Self:
-        """Build the record from measured losses of shape (windows,) for each coalition of ``orders``."""
-        kept = [Evaluation("".join(map(str, c)), tuple(losses[c].tolist())) for c in evaluation_order(orders)]
-        result = estimate(marginals(orders, {c: float(values.mean()) for c, values in losses.items()}))
+        """Build the record from measured losses of shape (windows,) for each coalition the draws need.
+
+        ``also`` names others whose losses are kept: what was measured for an earlier design.
+        """
+        n_players = len(players_of(model, settings.players))
+        wanted = evaluation_order(design.estimator, draws, n_players)
+        kept = dict.fromkeys([*wanted, *sorted(also)])
+        means = {coalition: float(losses[coalition].mean()) for coalition in wanted}
+        result = estimate(design.estimator, n_players, draws, means)
         return cls(
             model=model,
             header_bytes=header_bytes,
             settings=settings,
+            design=design,
+            stopped_by=stopped_by,
             bits_per_weight=bits_per_weight,
             reference_losses=tuple(reference_losses.tolist()),
-            orders=tuple(tuple(order) for order in orders.tolist()),
-            evaluations=tuple(kept),
+            draws=tuple(tuple(int(player) for player in draw) for draw in draws),
+            evaluations=tuple(Evaluation(to_text(c), tuple(losses[c].tolist())) for c in kept),
             phi=tuple(result.phi.tolist()),
             phi_stderr=tuple(result.phi_stderr.tolist()),
             covariance=tuple(tuple(row) for row in result.covariance.tolist()),
         )
 
     def __post_init__(self) -> None:
-        n_blocks = self.model.n_blocks
-        if any(sorted(order) != list(range(n_blocks)) for order in self.orders) or not self.orders:
-            raise SensitivityError(f"The profile's orders are not permutations of {n_blocks} blocks; make it anew.")
+        n_players = self.n_players
+        full = set(range(n_players))
+        orders = self.design.estimator != "stratified"
+        for draw in self.draws:
+            if len(set(draw)) != len(draw) or not set(draw) <= full or (orders and len(draw) != n_players):
+                raise SensitivityError(f"The profile's draws are not of {n_players} players; make it anew.")
         shapes = {len(self.phi), len(self.phi_stderr), len(self.covariance), *map(len, self.covariance)}
-        if shapes != {n_blocks}:
-            raise SensitivityError(f"The profile's estimates are not of {n_blocks} blocks; make it anew.")
+        if shapes != {n_players}:
+            raise SensitivityError(f"The profile's estimates are not of {n_players} players; make it anew.")
+        if any(len(e.coalition) != n_players or not set(e.coalition) <= {"2", "4"} for e in self.evaluations):
+            raise SensitivityError(f"The profile's evaluations are not of {n_players} players; make it anew.")
+
+    @property
+    def n_players(self) -> int:
+        """N."""
+        return len(players_of(self.model, self.settings.players))
+
+    @property
+    def window_losses(self) -> dict[Coalition, NDArray[np.float64]]:
+        """Losses of every evaluated coalition, (windows,), nats per token."""
+        return {from_text(e.coalition): np.array(e.losses) for e in self.evaluations}
 
     @property
     def losses(self) -> dict[Coalition, float]:
@@ -103,18 +147,23 @@ class SensitivityProfile(Record):
         return {from_text(e.coalition): float(np.mean(e.losses)) for e in self.evaluations}
 
     def estimate(self) -> Estimate:
-        """Recompute φ and C from the stored losses.
+        """Recompute φ, its errors and C from the stored losses.
 
         Raises
         ------
         SensitivityError
-            When a coalition of the walks is missing, or the stored φ does not follow from the losses.
+            When a coalition is missing, or what is stored does not follow from the losses.
         """
         losses = self.losses
-        missing = [c for c in evaluation_order(np.array(self.orders)) if c not in losses]
+        draws = list(self.draws)
+        missing = [c for c in evaluation_order(self.design.estimator, draws, self.n_players) if c not in losses]
         if missing:
-            raise SensitivityError(f"The profile lacks {len(missing)} evaluations of its own walks; make it anew.")
-        result = estimate(marginals(np.array(self.orders), losses))
-        if not np.allclose(result.phi, self.phi, rtol=1e-9, atol=1e-12):
-            raise SensitivityError("The profile's φ does not follow from its own losses; it was edited: make it anew.")
+            raise SensitivityError(f"The profile lacks {len(missing)} evaluations of its own draws; make it anew.")
+        result = estimate(self.design.estimator, self.n_players, draws, losses)
+        stored = {"φ": (result.phi, self.phi), "errors": (result.phi_stderr, self.phi_stderr)}
+        for name, (found, claimed) in (stored | {"covariance": (result.covariance, self.covariance)}).items():
+            if not np.allclose(found, claimed, rtol=1e-6, atol=1e-12):
+                raise SensitivityError(
+                    f"The profile's {name} does not follow from its own losses; it was edited: make it anew."
+                )
         return result

@@ -1,27 +1,52 @@
 """The stage: checkpoint and text in, sensitivity profile out; resumable at every evaluation."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from impq_edge.backends import Backend, describe
 from impq_edge.errors import SensitivityError
 from impq_edge.model.calibration import Windows
-from impq_edge.model.load import load_model
-from impq_edge.model.spec import ModelSpec
-from impq_edge.spqe.game import Game
+from impq_edge.model.players import PlayerKind, players_of
+from impq_edge.spqe.cluster import Evaluator, RayEvaluator
+from impq_edge.spqe.estimate import Estimate, estimate
+from impq_edge.spqe.game import Prepared
 from impq_edge.spqe.journal import Journal
-from impq_edge.spqe.profile import GameSettings, SensitivityProfile
-from impq_edge.spqe.sampling import Coalition, evaluation_order, permutations
-
-Progress = Callable[[str, int, int], None]
-"""Told the name of a phase, the steps done and the steps in all."""
+from impq_edge.spqe.profile import Design, GameSettings, SensitivityProfile, StoppedBy
+from impq_edge.spqe.sampling import Coalition, Draw, draws, draws_for, evaluation_order
+from impq_edge.spqe.stopping import Stability
+from impq_edge.spqe.table import Job, Progress, set_table, set_table_elsewhere
 
 COMPUTE_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+
+Answer = Callable[[Estimate], Hashable]
+"""What an estimate is for: a run may stop once this has stopped changing."""
+
+Losses = Mapping[Coalition, NDArray[np.float64]]
+"""Coalition → loss of each window, (windows,), nats per token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Workers:
+    """Where evaluations run, if not in this process."""
+
+    count: int = 0  # 0: in this process, without Ray
+    address: str | None = None  # of a running Ray cluster
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """When a run ends before all draws of its design are evaluated."""
+
+    answer: Answer | None = None
+    seconds: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,96 +54,172 @@ class Measured:
     """A profile and what its run cost; the cost stays out of the profile, which is the same on every run."""
 
     profile: SensitivityProfile
-    evaluations: int  # made by this run, not counting those resumed
+    evaluations: int  # made by this run, not counting those known before
     recomputed_share: float  # of the blocks, on average over this run's evaluations
+    streamed_blocks: int  # blocks that waited in host memory, for want of GPU memory
 
 
 def game_settings(
-    backend_name: str, backend: Backend, windows: Windows, *, n_permutations: int, seed: int, device: str
+    backend_name: str, backend: Backend, windows: Windows, *, players: PlayerKind, device: str
 ) -> GameSettings:
     """Gather everything besides the model that the losses depend on."""
     return GameSettings(
         backend=describe(backend_name, backend),
+        players=players,
         text_sha256=windows.text_sha256,
         tokens=windows.tokens.size,
         window_tokens=windows.tokens.shape[1],
-        permutations=n_permutations,
-        seed=seed,
         device=device,
         dtype=COMPUTE_DTYPES[device],
     )
 
 
 def estimate_sensitivity(
-    directory: Path,
-    spec: ModelSpec,
+    job: Job,
     header_bytes: int,
-    backend: Backend,
-    windows: Windows,
-    settings: GameSettings,
+    design: Design,
     journal_path: Path,
+    *,
+    known: Losses | None = None,
+    limits: Limits | None = None,
+    workers: Workers | None = None,
     progress: Progress = lambda *_: None,
 ) -> Measured:
-    """Run SPQE as published: M walks from all-4-bit to all-2-bit, each block's loss increases along them.
+    """Run SPQE: evaluate the coalitions of a design and estimate φ and C from their losses.
 
     Losses are appended to ``journal_path`` as they are measured; a second call with the same inputs
-    goes on where the first was stopped.
+    goes on where the first was stopped. ``known`` losses of the same game are not measured again. Where a run
+    stops by stability depends on the losses alone, not on how many workers measured them.
 
     Raises
     ------
     SensitivityError
-        When the journal belongs to other inputs, or a loss is not finite.
+        When the journal belongs to other inputs, a loss is not finite, or the time was too short for one round.
     """
-    orders = permutations(spec.n_blocks, settings.permutations, settings.seed)
-    journal = Journal(journal_path, {"model": spec.content_sha256, **dataclasses.asdict(settings)})
-    try:
-        game, reference, bits = _prepare(directory, spec, backend, windows, settings, progress)
-        _evaluate(game, evaluation_order(orders), journal, progress)
-    except torch.OutOfMemoryError as error:
-        raise SensitivityError(
-            f"The GPU's memory is too small for this model and {settings.tokens} tokens ({error}); ask for fewer "
-            "--tokens, or use --compute cpu."
-        ) from error
+    limits = limits or Limits()
+    deadline = None if limits.seconds is None else time.monotonic() + limits.seconds
+    journal = Journal(journal_path, {"model": job.spec.content_sha256, **dataclasses.asdict(job.settings)})
+    workers = workers or Workers()
+    losses = {**(known or {}), **journal.losses}
+    run = _Run(job, design, losses, journal, limits.answer, deadline, max(1, workers.count), progress)
+    with _table(job, workers, progress) as (evaluator, prepared, streamed):
+        found, stopped_by = run.play(evaluator)
+        evaluations, share = evaluator.evaluations, evaluator.recomputed_share
     profile = SensitivityProfile.from_losses(
-        model=spec,
+        model=job.spec,
         header_bytes=header_bytes,
-        settings=settings,
-        bits_per_weight=bits,
-        reference_losses=reference,
-        orders=orders,
-        losses=journal.losses,
+        settings=job.settings,
+        design=design,
+        stopped_by=stopped_by,
+        bits_per_weight=prepared.bits_per_weight,
+        reference_losses=prepared.reference_losses,
+        draws=found,
+        losses=run.losses,
+        also=known or {},
     )
-    return Measured(profile, game.evaluations, game.recomputed_share)
+    return Measured(profile, evaluations, share, streamed)
 
 
-def measure_coalitions(
-    directory: Path,
-    spec: ModelSpec,
-    backend: Backend,
-    windows: Windows,
-    settings: GameSettings,
-    coalitions: Sequence[Coalition],
-    progress: Progress = lambda *_: None,
-) -> list[float]:
+def measure_coalitions(job: Job, coalitions: Sequence[Coalition], progress: Progress = lambda *_: None) -> list[float]:
     """Return the mean loss of each coalition in nats per token, on any backend and without a journal."""
-    game, _, _ = _prepare(directory, spec, backend, windows, settings, progress)
-    return [float(game.losses(coalition).mean()) for coalition in coalitions]
+    table = set_table(job, progress)
+    return [float(table.losses(coalition).mean()) for coalition in coalitions]
 
 
-def _prepare(
-    directory: Path, spec: ModelSpec, backend: Backend, windows: Windows, settings: GameSettings, progress: Progress
-) -> tuple[Game, NDArray[np.float64], tuple[float, float]]:
-    model = load_model(directory, spec, torch.device(settings.device), getattr(torch, settings.dtype))
-    game = Game(model, spec, windows.tokens)
-    reference = game.reference_losses()
-    done = iter(range(1, spec.n_blocks + 1))
-    bits = game.quantise_blocks(directory, backend, lambda _: progress("quantising", next(done), spec.n_blocks))
-    return game, reference, bits
+@contextlib.contextmanager
+def _table(job: Job, workers: Workers, progress: Progress) -> Iterator[tuple[Any, Prepared, int]]:
+    """Set the game up here, or on every worker."""
+    if not workers.count:
+        table = set_table(job, progress)
+        yield table, table.prepared, table.streamed_blocks
+        return
+    make = functools.partial(set_table_elsewhere, job)
+    gpus = job.settings.device == "cuda"
+    with RayEvaluator(make, workers.count, gpus=gpus, address=workers.address) as evaluator:
+        progress("quantising on the workers", 0, 1)
+        prepared, streamed = evaluator.ask(_facts)
+        progress("quantising on the workers", 1, 1)
+        yield evaluator, prepared, streamed
 
 
-def _evaluate(game: Game, wanted: Sequence[Coalition], journal: Journal, progress: Progress) -> None:
-    for done, coalition in enumerate(wanted):
-        progress("evaluating", done, len(wanted))
-        if coalition not in journal.losses:
-            journal.add(coalition, game.losses(coalition))
-    progress("evaluating", len(wanted), len(wanted))
+def _facts(table: Any) -> tuple[Prepared, int]:
+    return table.prepared, table.streamed_blocks
+
+
+class _Run:
+    """The evaluations of one design, in rounds that cost about as much as one permutation each."""
+
+    def __init__(
+        self,
+        job: Job,
+        design: Design,
+        losses: dict[Coalition, NDArray[np.float64]],
+        journal: Journal,
+        answer: Answer | None,
+        deadline: float | None,
+        ahead: int,
+        progress: Progress,
+    ) -> None:
+        self.losses = losses
+        self._design = design
+        self._journal = journal
+        self._answer = answer
+        self._deadline = deadline
+        self._ahead = ahead
+        self._progress = progress
+        self._n_players = len(players_of(job.spec, job.settings.players))
+        count = draws_for(design.estimator, self._n_players, design.permutations)
+        self._draws = draws(design.estimator, self._n_players, count, design.seed)
+        self._total = len(self._order(self._draws))
+
+    def play(self, evaluator: Evaluator) -> tuple[list[Draw], StoppedBy]:
+        """Evaluate until all draws are done or a limit is reached; return the draws that count."""
+        if self._answer is None and self._deadline is None:
+            self._evaluate(evaluator, self._draws)  # in one go, which reuses the most activations
+            return self._draws, "permutations"
+        step = draws_for(self._design.estimator, self._n_players, 1)
+        ends = [*range(step, len(self._draws), step), len(self._draws)]
+        stability = Stability()
+        for index, end in enumerate(ends):
+            in_time = True
+            if self._missing(self._draws[:end]):  # then go a little further, so that every worker has a round to play
+                in_time = self._evaluate(evaluator, self._draws[: ends[min(index + self._ahead, len(ends)) - 1]])
+            if not in_time and self._missing(self._draws[:end]):
+                return self._cut_short(ends[index - 1] if index else 0), "time"
+            if self._answer is not None and stability.add(self._answer(self._estimate(self._draws[:end]))):
+                return self._draws[:end], "stability"
+        return self._draws, "permutations"
+
+    def _evaluate(self, evaluator: Evaluator, wanted: Sequence[Draw]) -> bool:
+        """Measure what is missing; return whether that ended before the deadline."""
+        missing = self._missing(wanted)
+        self._told()
+        with contextlib.closing(evaluator.evaluate(missing)) as results:
+            for left, (coalition, losses) in enumerate(results, 1 - len(missing)):
+                self._journal.add(coalition, losses)
+                self.losses[coalition] = losses
+                self._told()
+                if left and self._deadline is not None and time.monotonic() > self._deadline:
+                    return False
+        return True
+
+    def _missing(self, wanted: Sequence[Draw]) -> list[Coalition]:
+        return [coalition for coalition in self._order(wanted) if coalition not in self.losses]
+
+    def _told(self) -> None:
+        self._progress("evaluating", min(len(self.losses), self._total), self._total)
+
+    def _cut_short(self, done: int) -> list[Draw]:
+        if not done:
+            raise SensitivityError(
+                f"--time-limit ended the run after {len(self.losses)} evaluations, before the first round was whole; "
+                "they are kept: run the same command again to go on."
+            )
+        return self._draws[:done]
+
+    def _estimate(self, wanted: list[Draw]) -> Estimate:
+        means = {c: float(self.losses[c].mean()) for c in self._order(wanted)}
+        return estimate(self._design.estimator, self._n_players, wanted, means)
+
+    def _order(self, wanted: Sequence[Draw]) -> list[Coalition]:
+        return evaluation_order(self._design.estimator, wanted, self._n_players)

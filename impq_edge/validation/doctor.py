@@ -26,6 +26,7 @@ PACKAGES = {
     "spqe": (
         "torch",
         "transformers",
+        "accelerate",
         "tokenizers",
         "safetensors",
         "huggingface_hub",
@@ -35,6 +36,7 @@ PACKAGES = {
         "scipy",
     ),
     "workstation": ("gptqmodel",),
+    "cluster": ("ray",),
 }
 """Extra of ``pyproject.toml`` ("": the base install) → what it adds."""
 

@@ -15,10 +15,12 @@ from impq_edge.conversion.artifact import Artifact
 from impq_edge.errors import AllocationError, BackendError, ModelError, RecordError, SensitivityError, ValidationError
 from impq_edge.impq.allocation import Allocation
 from impq_edge.releases.build import Build, summary
+from impq_edge.spqe.options import GameOptions
 from impq_edge.spqe.profile import SensitivityProfile
 from impq_edge.validation.report import ValidationReport
 
-QUICK = {"permutations": 2, "tokens": 1024, "windows": 2, "context_tokens": 256}
+GAME = GameOptions(permutations=2, tokens=1024)
+QUICK = {"game": GAME, "windows": 2, "context_tokens": 256}
 
 
 def quick_build(model: Path, out: Path, **changes: object) -> tuple[Build, list[str]]:
@@ -43,7 +45,7 @@ def test_records_agree_with_each_other_and_with_the_file(built: tuple[Build, lis
     assert artifact.allocation_sha256 == allocation.identity()
     assert artifact.is_intact(out) and validation.sha256 == artifact.sha256
     assert artifact.file_bytes == allocation.predicted_file_bytes
-    assert allocation.block_bits.count(4) == 1 and allocation.average_bits <= 3
+    assert allocation.player_bits.count(4) == 1 and allocation.average_bits <= 3
     assert made.uniform[2][0].file_bytes < artifact.file_bytes < made.uniform[4][0].file_bytes
     assert any("takes about" in sentence for sentence in told)
     assert not (out / "sensitivity.json.journal").exists()
@@ -76,7 +78,7 @@ def test_report_tells_what_was_measured(built: tuple[Build, list[str]]) -> None:
     ):
         assert shown in report
     assert re.findall(r"^\| (\d) \| ([24]) \|", report, re.MULTILINE) == [
-        (str(block), str(bits)) for block, bits in enumerate(made.allocation.block_bits)
+        (str(block), str(bits)) for block, bits in enumerate(made.allocation.player_bits)
     ]
 
 
@@ -101,9 +103,33 @@ def test_another_budget_reuses_the_game(
     phases: list[str] = []
     other, _ = quick_build(checkpoints["qwen3"], out, average_bits=2.7, progress=lambda phase, *_: phases.append(phase))
     assert "evaluating" not in phases and "writing, MiB" in phases
-    assert other.allocation.block_bits.count(4) == 1  # 2.67 bits: the same allocation in a file of the same name
+    assert other.allocation.player_bits.count(4) == 1  # 2.67 bits: the same allocation in a file of the same name
     with pytest.raises(SensitivityError, match=r"sensitivity\.json is a profile of other inputs"):
-        quick_build(checkpoints["qwen3"], out, seed=1)
+        quick_build(checkpoints["qwen3"], out, game=dataclasses.replace(GAME, tokens=512))
+
+
+def test_a_larger_game_goes_on_from_a_smaller_one(
+    built: tuple[Build, list[str]], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(built[0].directory, tmp_path / "copy"))
+    first = built[0].profile
+    steps: list[int] = []
+
+    def watch(phase: str, done: int, total: int) -> None:
+        if phase == "evaluating":
+            steps.append(total - done)
+
+    larger, _ = quick_build(
+        checkpoints["qwen3"],
+        out,
+        game=dataclasses.replace(GAME, permutations=6, estimator="antithetic"),
+        progress=watch,
+    )
+    assert larger.profile.losses.items() >= first.losses.items()
+    fresh, _ = quick_build(
+        checkpoints["qwen3"], tmp_path / "fresh", game=dataclasses.replace(GAME, permutations=6, estimator="antithetic")
+    )
+    assert larger.profile.phi == fresh.profile.phi and steps[0] < len(fresh.profile.evaluations)
 
 
 def test_another_head_type_remakes_every_file(
@@ -138,7 +164,6 @@ def test_another_device_is_measured_anew(
         (ValidationError, {"windows": 0}),
         (ValidationError, {"context_tokens": 1}),
         (RecordError, {"text": Path("nothing.txt")}),
-        (SensitivityError, {"seed": -1}),
     ],
 )
 def test_requests_that_cannot_be_met_fail_before_the_game(
@@ -156,14 +181,14 @@ def test_everything_fits(checkpoints: dict[str, Path], built: tuple[Build, list[
     made, told = quick_build(
         checkpoints["qwen3"], tmp_path, average_bits=None, sensitivity=built[0].directory / "sensitivity.json"
     )
-    assert set(made.allocation.block_bits) == {4} and made.allocation.everything_fits
+    assert set(made.allocation.player_bits) == {4} and made.allocation.everything_fits
     assert any("Everything fits laptop-16gb at 4 bit" in sentence and "would be left" in sentence for sentence in told)
     assert "Everything fits at 4 bit" in (tmp_path / "report.md").read_text()
     assert made.uniform[4][0] == made.artifact
 
 
 def test_another_backend_shows_what_the_k_quants_lose(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    made, _ = quick_build(checkpoints["llama"], tmp_path, backend="hqq")
+    made, _ = quick_build(checkpoints["llama"], tmp_path, game=dataclasses.replace(GAME, backend="hqq"))
     report = (tmp_path / "report.md").read_text()
     section = report[report.index("## hqq against the K-quants that ship") :]
     rows = re.findall(r"^\| (this mix|all at [24] bit) \| ([\d.]+) \| ([\d.]+) \|$", section, re.MULTILINE)
@@ -180,7 +205,8 @@ def test_kill_at_any_stage_and_resume_gives_the_same_bytes(
     """SIGKILL as soon as each sign of progress appears, in one directory; then let it finish."""
     reference = built[0].directory
     command = (
-        f"import impq_edge, pathlib; impq_edge.build('laptop-16gb', model={str(checkpoints['qwen3'])!r}, "
+        "import impq_edge, pathlib; from impq_edge.spqe.options import GameOptions; "
+        f"impq_edge.build('laptop-16gb', model={str(checkpoints['qwen3'])!r}, "
         f"out=pathlib.Path({str(tmp_path)!r}), average_bits=3, **{QUICK!r})"
     )
     mix = built[0].artifact.artifact
@@ -204,8 +230,9 @@ def test_bad_input_leaves_nothing_behind(
     for error, message, arguments in (
         (ModelError, "--allow-fallback", {"model": odd}),
         (ModelError, "neither a directory nor a hub id", {"model": Path("nothing at all")}),
-        (BackendError, "'awq' is unknown", {"backend": "awq"}),
-        (SensitivityError, "--permutations 0", {"permutations": 0}),
+        (BackendError, "'awq' is unknown", {"game": GameOptions(backend="awq")}),
+        (BackendError, "'kquant' has no setting 'axis'", {"game": GameOptions(backend_settings={"axis": 0})}),
+        (SensitivityError, "neither 'order' nor average bits", {"game": GameOptions(until_stable="soon")}),
         (RecordError, "is a profile of random-qwen3", {"sensitivity": built[0].directory / "sensitivity.json"}),
     ):
         given = {"model": checkpoints["llama"], **arguments}

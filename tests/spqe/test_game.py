@@ -8,8 +8,8 @@ from impq_edge.backends import NAMES, load_backend
 from impq_edge.errors import SensitivityError
 from impq_edge.model.load import load_model, read_tensor
 from impq_edge.model.spec import read_model
-from impq_edge.spqe.game import _TOKENS_PER_BATCH, Game
-from impq_edge.spqe.sampling import Coalition, evaluation_order, permutations
+from impq_edge.spqe.game import TOKENS_PER_BATCH, Game, Prepared
+from impq_edge.spqe.sampling import Coalition, draws, evaluation_order
 
 CPU = torch.device("cpu")
 
@@ -21,8 +21,12 @@ def windows(count: int = 5, length: int = 96) -> np.ndarray:
 def game_of(directory: Path, tokens: np.ndarray, backend: str = "kquant") -> Game:
     spec = read_model(directory)
     game = Game(load_model(directory, spec, CPU, torch.float32), spec, tokens)
-    game.quantise_blocks(directory, load_backend(backend))
+    prepare(game, directory, backend)
     return game
+
+
+def prepare(game: Game, directory: Path, backend: str = "kquant") -> Prepared:
+    return game.prepare(lambda tensor: torch.from_numpy(read_tensor(directory, tensor)), load_backend(backend))
 
 
 def library_losses(directory: Path, tokens: np.ndarray, coalition: Coalition | None, backend: str) -> np.ndarray:
@@ -47,8 +51,8 @@ def test_losses_are_those_of_the_whole_model(checkpoints: dict[str, Path], archi
     directory, tokens = checkpoints[architecture], windows()
     spec = read_model(directory)
     game = Game(load_model(directory, spec, CPU, torch.float32), spec, tokens)
-    assert game.reference_losses() == pytest.approx(library_losses(directory, tokens, None, ""), abs=2e-5)
-    game.quantise_blocks(directory, load_backend("kquant"))
+    prepared = prepare(game, directory)
+    assert prepared.reference_losses == pytest.approx(library_losses(directory, tokens, None, ""), abs=2e-5)
     for coalition in [(4, 4, 4), (2, 4, 2), (2, 2, 2), (4, 2, 4)]:
         expected = library_losses(directory, tokens, coalition, "kquant")
         assert game.losses(coalition) == pytest.approx(expected, abs=2e-5)
@@ -57,13 +61,13 @@ def test_losses_are_those_of_the_whole_model(checkpoints: dict[str, Path], archi
 @pytest.mark.parametrize("backend", NAMES)
 def test_reuse_changes_no_bit_of_a_loss(checkpoints: dict[str, Path], backend: str) -> None:
     directory, tokens = checkpoints["llama"], windows()
-    wanted = evaluation_order(permutations(3, 3, seed=0))
+    wanted = evaluation_order("permutations", draws("permutations", 3, 3, seed=0), 3)
     walked = game_of(directory, tokens, backend)
     reused = {coalition: walked.losses(coalition) for coalition in wanted}
     assert 0 < walked.recomputed_share < 0.9
     fresh = game_of(directory, tokens, backend)
     for coalition in wanted[::-1]:
-        fresh._last = fresh._base = None  # nothing to reuse
+        fresh.forget()
         assert np.array_equal(fresh.losses(coalition), reused[coalition])
     assert fresh.recomputed_share == 1
 
@@ -73,7 +77,7 @@ def test_a_batch_of_other_size_changes_nothing_but_rounding(
 ) -> None:
     directory, tokens = checkpoints["gemma2"], windows(count=5)
     whole = game_of(directory, tokens).losses((2, 4, 2))
-    monkeypatch.setitem(_TOKENS_PER_BATCH, "cpu", 2 * 96)
+    monkeypatch.setitem(TOKENS_PER_BATCH, "cpu", 2 * 96)
     pieces = game_of(directory, tokens).losses((2, 4, 2))  # batches of 2, 2 and 1 windows
     assert pieces == pytest.approx(whole, abs=2e-5)
 
@@ -81,7 +85,7 @@ def test_a_batch_of_other_size_changes_nothing_but_rounding(
 def test_logits_in_pieces(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     directory, tokens = checkpoints["gemma2"], windows(count=2)
     whole = game_of(directory, tokens).losses((2, 2, 2))
-    monkeypatch.setattr("impq_edge.spqe.game._LOGITS_PER_CHUNK", 7 * 8192)
+    monkeypatch.setattr("impq_edge.spqe.game.LOGITS_PER_CHUNK", 7 * 8192)
     assert game_of(directory, tokens).losses((2, 2, 2)) == pytest.approx(whole, abs=1e-5)
 
 

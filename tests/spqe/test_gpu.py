@@ -1,4 +1,4 @@
-"""The game on CUDA: bfloat16 stays close to float32 on the CPU, and reuse still changes nothing."""
+"""The game on CUDA: bfloat16 stays close to float32 on the CPU, and no short cut changes a bit of a loss."""
 
 from pathlib import Path
 
@@ -7,38 +7,76 @@ import pytest
 import torch
 
 from impq_edge.backends import NAMES, load_backend
-from impq_edge.model.load import load_model
+from impq_edge.model.load import load_model, read_tensor
+from impq_edge.model.players import PlayerKind, players_of
 from impq_edge.model.spec import read_model
 from impq_edge.spqe.game import Game
-from impq_edge.spqe.sampling import evaluation_order, permutations
+from impq_edge.spqe.sampling import Coalition, draws, evaluation_order
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
 
-def game_on(device: str, dtype: torch.dtype, directory: Path, backend: str) -> Game:
+def game_on(
+    device: str,
+    directory: Path,
+    backend: str,
+    *,
+    players: PlayerKind = "blocks",
+    resident: int | None = None,
+    on_host: bool = False,
+) -> Game:
     spec = read_model(directory)
     tokens = np.random.default_rng(0).integers(10, 8000, size=(5, 96))
-    game = Game(load_model(directory, spec, torch.device(device), dtype), spec, tokens)
-    game.quantise_blocks(directory, load_backend(backend))
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model = load_model(directory, spec, torch.device(device), dtype, blocks_on_host=on_host)
+    game = Game(model, spec, tokens, players)
+    game.prepare(
+        lambda tensor: torch.from_numpy(read_tensor(directory, tensor)), load_backend(backend), resident_blocks=resident
+    )
     return game
+
+
+def some_coalitions(directory: Path, players: PlayerKind = "blocks", count: int = 3) -> list[Coalition]:
+    n_players = len(players_of(read_model(directory), players))
+    return evaluation_order("permutations", draws("permutations", n_players, count, seed=1), n_players)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2"])
 @pytest.mark.parametrize("backend", NAMES)
 def test_cuda_agrees_with_the_cpu(checkpoints: dict[str, Path], architecture: str, backend: str) -> None:
     directory = checkpoints[architecture]
-    gpu = game_on("cuda", torch.bfloat16, directory, backend)
-    cpu = game_on("cpu", torch.float32, directory, backend)
-    for coalition in evaluation_order(permutations(3, 2, seed=0)):
+    gpu, cpu = game_on("cuda", directory, backend), game_on("cpu", directory, backend)
+    for coalition in some_coalitions(directory):
         # Losses near 10 nats; bfloat16 keeps 8 bits of each activation, and HQQ optimises in float16 on CUDA.
         assert gpu.losses(coalition) == pytest.approx(cpu.losses(coalition), abs=0.1)
 
 
 @pytest.mark.parametrize("backend", NAMES)
 def test_reuse_changes_no_bit_of_a_loss(checkpoints: dict[str, Path], backend: str) -> None:
-    wanted = evaluation_order(permutations(3, 3, seed=1))
-    walked, fresh = (game_on("cuda", torch.bfloat16, checkpoints["llama"], backend) for _ in range(2))
+    walked, fresh = (game_on("cuda", checkpoints["llama"], backend) for _ in range(2))
+    wanted = some_coalitions(checkpoints["llama"])
     reused = {coalition: walked.losses(coalition) for coalition in wanted}
     for coalition in wanted[::-1]:
-        fresh._last = fresh._base = None
+        fresh.forget()
         assert np.array_equal(fresh.losses(coalition), reused[coalition])
+
+
+@pytest.mark.parametrize("players", ["blocks", "sublayers", "tensors"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_graphs_and_streaming_change_no_bit_of_a_loss(
+    checkpoints: dict[str, Path], architecture: str, players: PlayerKind
+) -> None:
+    """All blocks on the GPU with and without CUDA graphs, some in host memory, all, and the checkpoint there too."""
+    directory = checkpoints[architecture]
+    graphs, plain = (game_on("cuda", directory, "hqq", players=players) for _ in range(2))
+    assert graphs._graphs is not None
+    plain._graphs = None
+    others = [
+        game_on("cuda", directory, "hqq", players=players, resident=n, on_host=h) for n, h in ((2, False), (0, True))
+    ]
+    assert [game.streamed_blocks for game in others] == [1, 3]
+    wanted = some_coalitions(directory, players)
+    for coalition in [*wanted, *wanted[::-1]]:  # a graph is recorded when a version of a block is met again
+        expected = plain.losses(coalition)
+        for game in (graphs, *others):
+            assert np.array_equal(game.losses(coalition), expected)

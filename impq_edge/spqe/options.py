@@ -1,0 +1,79 @@
+"""What may be asked of a run of SPQE, and the refusal of what means nothing."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from impq_edge.errors import SensitivityError
+from impq_edge.impq.allocate import bits_at
+from impq_edge.model.players import PlayerKind, players_of
+from impq_edge.model.spec import ModelSpec
+from impq_edge.spqe.estimate import Estimate
+from impq_edge.spqe.run import Answer
+from impq_edge.spqe.sampling import Estimator
+from impq_edge.spqe.stopping import order_answer
+
+DEFAULT_PERMUTATIONS = 8  # a CPU's worth for the demo; the paper's setting is 100
+DEFAULT_TOKENS = 4096
+DEFAULT_WINDOW_TOKENS = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class GameOptions:
+    """How sensitivity is measured; the defaults are a CPU's worth for the demo model."""
+
+    backend: str = "kquant"
+    backend_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # the library's defaults otherwise
+    players: PlayerKind = "blocks"
+    estimator: Estimator = "permutations"
+    permutations: int = DEFAULT_PERMUTATIONS  # M, or as many evaluations in the draws of another estimator
+    tokens: int = DEFAULT_TOKENS  # per evaluation
+    window_tokens: int = DEFAULT_WINDOW_TOKENS
+    calibration: Path | None = None  # a UTF-8 text; the one that ships by default
+    seed: int = 0
+    compute: str | None = None  # "cuda" or "cpu"; CUDA when there is one by default
+    until_stable: str | None = None  # "order", or average bits such as "2.5,3" whose allocations must settle
+    time_limit_s: float | None = None
+    workers: int = 0  # 0: this process alone
+    ray_address: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.permutations < 1:
+            raise SensitivityError(
+                f"--permutations {self.permutations} is too few; ask for 1 or more (the paper: 100)."
+            )
+        if self.seed < 0:
+            raise SensitivityError(f"--seed {self.seed} is negative; give 0 or more.")
+        if self.workers < 0:
+            raise SensitivityError(f"--workers {self.workers} is negative; give 0 for this process alone, or more.")
+        if self.time_limit_s is not None and not 0 < self.time_limit_s < math.inf:
+            raise SensitivityError(f"--time-limit {self.time_limit_s:g} s is no time; give more than 0.")
+
+
+def stability_answer(until_stable: str, spec: ModelSpec, players: PlayerKind) -> Answer:
+    """Return what must stop changing: the order of the players, or the allocations at average bits.
+
+    Raises
+    ------
+    SensitivityError
+        When the text is neither ``order`` nor numbers from 2 to 4.
+    """
+    if until_stable == "order":
+        return order_answer
+    try:
+        targets = [Fraction(part.strip()) for part in until_stable.split(",")]
+    except (ValueError, ZeroDivisionError):
+        targets = []
+    if not targets or not all(2 <= target <= 4 for target in targets):
+        raise SensitivityError(
+            f"--until-stable {until_stable!r} is neither 'order' nor average bits from 2 to 4; write it like 2.5,3."
+        )
+    who = players_of(spec, players)
+
+    def allocations(found: Estimate) -> tuple[tuple[int, ...], ...]:
+        return tuple(bits_at(who, found.phi, found.covariance, target) for target in targets)
+
+    return allocations

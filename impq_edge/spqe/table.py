@@ -1,0 +1,143 @@
+"""A game ready to be played: the model loaded, both versions of every block made, on this machine or another."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from impq_edge.backends import Backend
+from impq_edge.errors import SensitivityError
+from impq_edge.model.calibration import Windows
+from impq_edge.model.load import load_model, read_tensor
+from impq_edge.model.spec import ModelSpec, read_model
+from impq_edge.spqe.game import TOKENS_PER_BATCH, Game, Prepared
+from impq_edge.spqe.memory import free_gpu_bytes, place
+from impq_edge.spqe.profile import GameSettings
+from impq_edge.spqe.sampling import Coalition, uniform
+
+Progress = Callable[[str, int, int], None]
+"""Told the name of a phase, the steps done and the steps in all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything a machine needs to set a game up; it can be pickled and sent there."""
+
+    directory: Path
+    spec: ModelSpec
+    backend: Backend
+    windows: Windows
+    settings: GameSettings
+
+
+class Table:
+    """A prepared game, and what was learnt in preparing it."""
+
+    def __init__(self, game: Game, prepared: Prepared) -> None:
+        self._game = game
+        self.prepared = prepared
+
+    @property
+    def evaluations(self) -> int:
+        """How many coalitions were evaluated."""
+        return self._game.evaluations
+
+    @property
+    def streamed_blocks(self) -> int:
+        """How many blocks wait in host memory because the GPU does not hold both versions of all."""
+        return self._game.streamed_blocks
+
+    @property
+    def recomputed_share(self) -> float:
+        """Share of the blocks that evaluations had to compute, on average."""
+        return self._game.recomputed_share
+
+    def losses(self, coalition: Coalition) -> NDArray[np.float64]:
+        """Return the loss of each window, (windows,), nats per token.
+
+        Raises
+        ------
+        SensitivityError
+            When a loss is not finite, or the GPU's memory does not suffice.
+        """
+        with _memory_told():
+            return self._game.losses(coalition)
+
+    def keep_all_4(self) -> None:
+        """Evaluate all-4-bit, uncounted: everybody's walks start there, and its activations are reused most."""
+        self.losses(uniform(4, self._game.n_players))
+        self._game.evaluations = self._game.blocks_computed = 0
+
+    def evaluate(self, coalitions: Sequence[Coalition]) -> Generator[tuple[Coalition, NDArray[np.float64]], None, None]:
+        """Yield each coalition with its losses, in the order given."""
+        for coalition in coalitions:
+            yield coalition, self.losses(coalition)
+
+
+def set_table(job: Job, progress: Progress = lambda *_: None) -> Table:
+    """Load the model and make both versions of every block.
+
+    Raises
+    ------
+    SensitivityError
+        When the GPU's memory does not suffice.
+    BackendError
+        When the backend cannot store this model's matrices.
+    """
+    spec, device = job.spec, torch.device(job.settings.device)
+    dtype: torch.dtype = getattr(torch, job.settings.dtype)
+    on_host, resident = False, spec.n_blocks
+    if device.type == "cuda":
+        windows, window_tokens = job.windows.tokens.shape
+        placement = place(
+            spec, windows=windows, window_tokens=window_tokens, batch_tokens=TOKENS_PER_BATCH["cuda"],
+            itemsize=dtype.itemsize, statistics=job.backend.statistics, free_bytes=free_gpu_bytes(),
+        )  # fmt: skip
+        on_host, resident = placement.load_on_host, placement.resident_blocks
+    done = iter(range(1, spec.n_blocks + 1))
+    with _memory_told():
+        model = load_model(job.directory, spec, device, dtype, blocks_on_host=on_host)
+        game = Game(model, spec, job.windows.tokens, job.settings.players)
+        prepared = game.prepare(
+            lambda tensor: torch.from_numpy(read_tensor(job.directory, tensor)),
+            job.backend,
+            lambda _: progress("quantising", next(done), spec.n_blocks),
+            resident_blocks=resident,
+        )
+    return Table(game, prepared)
+
+
+def set_table_elsewhere(job: Job) -> Table:
+    """Do the same on a machine of a cluster, whose copy of the checkpoint may be another.
+
+    Raises
+    ------
+    SensitivityError
+        When the checkpoint there is not the one the run was started with.
+    """
+    found = read_model(job.directory, job.spec.name)
+    if found.content_sha256 != job.spec.content_sha256:
+        raise SensitivityError(
+            f"A worker's {job.directory} holds other files ({found.content_sha256[:12]}…) than this machine's "
+            f"({job.spec.content_sha256[:12]}…); copy the checkpoint there, or use a path that machines share."
+        )
+    table = set_table(job)
+    table.keep_all_4()
+    return table
+
+
+@contextlib.contextmanager
+def _memory_told() -> Iterator[None]:
+    """Turn PyTorch's error into a sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(". ")[0]
+        raise SensitivityError(
+            f"The GPU's memory is too small for this model and text ({reason}); ask for fewer --tokens, or use "
+            "--compute cpu."
+        ) from error
