@@ -52,6 +52,7 @@ HUB_NAMES = {
 }  # fmt: skip
 PROFILE_EVALUATIONS = 960
 """What the aim is stated for: 30 permutations of 32 blocks, and a little more."""
+_STRETCH = 10  # evaluations timed in a row; what precedes a stretch is far from it, which costs it a little
 
 
 class AsIs:
@@ -175,8 +176,10 @@ def play(game: Game, estimator: Estimator, windows: np.ndarray, evaluations: int
         estimator, draws(estimator, n_players, draws_for(estimator, n_players, m), seed=0), n_players
     )
     wanted = wanted[:PROFILE_EVALUATIONS]
-    if estimator == "stratified":  # the whole list is sorted: a stretch from its middle is like the rest
-        wanted = wanted[:2] + wanted[len(wanted) // 3 :] + wanted[2 : len(wanted) // 3]
+    share = recomputed_share(wanted, n_players)
+    step = max(1, len(wanted) // evaluations)
+    stretches = [wanted[i : i + _STRETCH] for i in range(2, len(wanted), _STRETCH * step)]  # like the whole list
+    wanted = wanted[:3] + [coalition for stretch in stretches for coalition in stretch]
     for coalition in wanted[:3] * 2:  # all at 4, all at 2, and a first step, twice: to warm up
         game.losses(coalition)
     game.blocks_computed = game.evaluations = 0
@@ -188,16 +191,17 @@ def play(game: Game, estimator: Estimator, windows: np.ndarray, evaluations: int
     per_block = sum(tensor.weights for tensor in spec.tensors) / spec.n_blocks
     attention = 2 * windows.shape[1] * spec.hyperparameters.n_heads * spec.hyperparameters.head_dim  # causal: half of 4
     head = spec.hyperparameters.hidden * spec.hyperparameters.vocabulary
-    flop = tokens * (game.blocks_computed * (2 * per_block + attention) + game.evaluations * 2 * head)
-    rate = game.evaluations / seconds
+    of_block, of_loss = tokens * (2 * per_block + attention), tokens * 2 * head
+    flop = game.blocks_computed * of_block + game.evaluations * of_loss
+    rate = flop / seconds
     return {
         "timed_evaluations": game.evaluations,
-        "evaluations_per_s": rate,
+        "evaluations_per_s": game.evaluations / seconds,
         "recomputed_share": game.recomputed_share,
-        "recomputed_share_of_a_whole_profile": recomputed_share(wanted, n_players),
-        "model_flop_per_s": flop / seconds,
-        "share_of_matrix_rate": flop / seconds / matrix,
-        "extrapolated_s_for_960_evaluations": PROFILE_EVALUATIONS / rate,
+        "recomputed_share_of_a_whole_profile": share,
+        "model_flop_per_s": rate,
+        "share_of_matrix_rate": rate / matrix,
+        "extrapolated_s_for_960_evaluations": PROFILE_EVALUATIONS * (share * spec.n_blocks * of_block + of_loss) / rate,
     }
 
 

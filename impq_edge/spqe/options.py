@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -9,16 +10,18 @@ from typing import Any
 
 from impq_edge.errors import SensitivityError
 from impq_edge.impq.allocate import bits_at
-from impq_edge.model.players import PlayerKind, players_of
+from impq_edge.model.players import PLAYER_KINDS, PlayerKind, players_of
 from impq_edge.model.spec import ModelSpec
 from impq_edge.spqe.estimate import Estimate
-from impq_edge.spqe.run import Answer
-from impq_edge.spqe.sampling import Estimator
+from impq_edge.spqe.run import COMPUTE_DTYPES, Answer
+from impq_edge.spqe.sampling import ESTIMATORS, Estimator
 from impq_edge.spqe.stopping import order_answer
 
 DEFAULT_PERMUTATIONS = 8  # a CPU's worth for the demo; the paper's setting is 100
 DEFAULT_TOKENS = 4096
 DEFAULT_WINDOW_TOKENS = 512
+
+_BITS = re.compile(r"\d(?:\.\d{1,9}|/[1-9]\d{0,5})?", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +38,21 @@ class GameOptions:
     calibration: Path | None = None  # a UTF-8 text; the one that ships by default
     seed: int = 0
     compute: str | None = None  # "cuda" or "cpu"; CUDA when there is one by default
-    until_stable: str | None = None  # "order", or average bits such as "2.5,3" whose allocations must settle
+    until_stable: str | None = None  # "order", average bits such as "2.5,3" whose allocations must settle, "allocation"
     time_limit_s: float | None = None
     workers: int = 0  # 0: this process alone
     ray_address: str | None = None
 
     def __post_init__(self) -> None:
+        for flag, value, known in (
+            ("--players", self.players, PLAYER_KINDS),
+            ("--estimator", self.estimator, ESTIMATORS),
+            ("--compute", self.compute or "cpu", COMPUTE_DTYPES),
+        ):
+            if value not in known:
+                raise SensitivityError(f"{flag} {value!r} is unknown; choose one of {', '.join(known)}.")
+        if self.window_tokens < 2:
+            raise SensitivityError(f"A window of {self.window_tokens} tokens has nothing to predict; give 2 or more.")
         if self.permutations < 1:
             raise SensitivityError(
                 f"--permutations {self.permutations} is too few; ask for 1 or more (the paper: 100)."
@@ -63,11 +75,9 @@ def stability_answer(until_stable: str, spec: ModelSpec, players: PlayerKind) ->
     """
     if until_stable == "order":
         return order_answer
-    try:
-        targets = [Fraction(part.strip()) for part in until_stable.split(",")]
-    except (ValueError, ZeroDivisionError):
-        targets = []
-    if not targets or not all(2 <= target <= 4 for target in targets):
+    parts = [part.strip() for part in until_stable.split(",")]
+    targets = [Fraction(part) for part in parts if _BITS.fullmatch(part)]
+    if len(targets) < len(parts) or not all(2 <= target <= 4 for target in targets):
         raise SensitivityError(
             f"--until-stable {until_stable!r} is neither 'order' nor average bits from 2 to 4; write it like 2.5,3."
         )

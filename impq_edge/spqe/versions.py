@@ -48,7 +48,7 @@ class Versions:
         """
         index = len(self._blocks)
         if index < self._first_resident:
-            stored = [{bits: tensor.cpu().pin_memory() for bits, tensor in both.items()} for both in stored]
+            stored = [{bits: _pinned(tensor) for bits, tensor in both.items()} for both in stored]
             if not self._places:
                 self._places = [[torch.empty_like(b[4], device=self._device) for b in stored] for _ in range(_PLACES)]
                 self._free = [torch.cuda.Event() for _ in range(_PLACES)]  # type: ignore[no-untyped-call]
@@ -91,3 +91,7 @@ class Versions:
     def _point(self, index: int, tensors: Sequence[torch.Tensor]) -> None:
         for parameter, tensor in zip(self._blocks[index][1], tensors, strict=True):
             parameter.data = tensor
+
+
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)

@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,10 @@ import torch
 from impq_edge.backends import NAMES, load_backend
 from impq_edge.errors import SensitivityError
 from impq_edge.model.load import load_model, read_tensor
+from impq_edge.model.players import PlayerKind, players_of
 from impq_edge.model.spec import read_model
 from impq_edge.spqe.game import TOKENS_PER_BATCH, Game, Prepared
-from impq_edge.spqe.sampling import Coalition, draws, evaluation_order
+from impq_edge.spqe.sampling import Coalition, Estimator, draws, evaluation_order
 
 CPU = torch.device("cpu")
 
@@ -18,9 +20,11 @@ def windows(count: int = 5, length: int = 96) -> np.ndarray:
     return np.random.default_rng(0).integers(10, 8000, size=(count, length))
 
 
-def game_of(directory: Path, tokens: np.ndarray, backend: str = "kquant") -> Game:
+def game_of(
+    directory: Path, tokens: np.ndarray, backend: str = "kquant", players: PlayerKind = "blocks"
+) -> Game:
     spec = read_model(directory)
-    game = Game(load_model(directory, spec, CPU, torch.float32), spec, tokens)
+    game = Game(load_model(directory, spec, CPU, torch.float32), spec, tokens, players)
     prepare(game, directory, backend)
     return game
 
@@ -29,14 +33,16 @@ def prepare(game: Game, directory: Path, backend: str = "kquant") -> Prepared:
     return game.prepare(lambda tensor: torch.from_numpy(read_tensor(directory, tensor)), load_backend(backend))
 
 
-def library_losses(directory: Path, tokens: np.ndarray, coalition: Coalition | None, backend: str) -> np.ndarray:
+def library_losses(
+    directory: Path, tokens: np.ndarray, coalition: Coalition | None, backend: str, players: PlayerKind = "blocks"
+) -> np.ndarray:
     """The same losses by transformers alone: weights replaced in the whole model, its own forward pass."""
     spec = read_model(directory)
     model = load_model(directory, spec, CPU, torch.float32)
-    for tensor in spec.tensors if coalition else ():
-        if tensor.role == "matrix" and tensor.block is not None:
+    for player, bits in zip(players_of(spec, players), coalition, strict=True) if coalition else ():
+        for tensor in player.tensors:
             weight = torch.from_numpy(read_tensor(directory, tensor))
-            stored = load_backend(backend).quantise(weight, coalition[tensor.block])
+            stored = load_backend(backend).quantise(weight, bits)
             model.get_parameter(tensor.name).data.copy_(stored.weight)
     ids = torch.from_numpy(tokens)
     with torch.inference_mode():
@@ -56,6 +62,52 @@ def test_losses_are_those_of_the_whole_model(checkpoints: dict[str, Path], archi
     for coalition in [(4, 4, 4), (2, 4, 2), (2, 2, 2), (4, 2, 4)]:
         expected = library_losses(directory, tokens, coalition, "kquant")
         assert game.losses(coalition) == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize("players", ["sublayers", "tensors"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_losses_of_finer_players_are_those_of_the_whole_model(
+    checkpoints: dict[str, Path], architecture: str, players: PlayerKind
+) -> None:
+    directory, tokens = checkpoints[architecture], windows(count=2)
+    game = game_of(directory, tokens, players=players)
+    assert game.n_players == {"sublayers": 6, "tensors": 21}[players]
+    generator = np.random.default_rng(1)
+    for _ in range(3):
+        coalition: Coalition = tuple(generator.choice([2, 4], size=game.n_players).tolist())
+        expected = library_losses(directory, tokens, coalition, "kquant", players)
+        assert game.losses(coalition) == pytest.approx(expected, abs=2e-5)
+
+
+def test_the_same_bits_by_other_players_give_the_same_losses(checkpoints: dict[str, Path]) -> None:
+    """Bit for bit: a coalition of blocks, written out for sublayers and for tensors."""
+    directory, tokens = checkpoints["qwen3"], windows(count=2)
+    blocks, finer = game_of(directory, tokens), ("sublayers", "tensors")
+    games = {players: game_of(directory, tokens, players=players) for players in finer}
+    seen = set()
+    for coalition in itertools.product((2, 4), repeat=3):
+        expected = blocks.losses(coalition)
+        seen.add(expected.tobytes())
+        for players in finer:
+            written_out = tuple(coalition[player.block] for player in players_of(blocks.spec, players))
+            assert np.array_equal(games[players].losses(written_out), expected)
+    assert len(seen) == 8
+
+
+@pytest.mark.parametrize("players", ["sublayers", "tensors"])
+@pytest.mark.parametrize("estimator", ["permutations", "stratified"])
+def test_reuse_with_finer_players_changes_no_bit(
+    checkpoints: dict[str, Path], players: PlayerKind, estimator: Estimator
+) -> None:
+    walked, fresh = (game_of(checkpoints["llama"], windows(count=2), players=players) for _ in range(2))
+    n_players = walked.n_players
+    wanted = evaluation_order(estimator, draws(estimator, n_players, 2, seed=0), n_players)
+    reused = {coalition: walked.losses(coalition) for coalition in wanted}
+    assert walked.recomputed_share < (0.8 if estimator == "permutations" else 1.01)  # few random ones share nothing
+    for coalition in wanted[::-1]:
+        fresh.forget()
+        assert np.array_equal(fresh.losses(coalition), reused[coalition])
+    assert fresh.recomputed_share == 1
 
 
 @pytest.mark.parametrize("backend", NAMES)

@@ -46,9 +46,11 @@ def some_coalitions(directory: Path, players: PlayerKind = "blocks", count: int 
 def test_cuda_agrees_with_the_cpu(checkpoints: dict[str, Path], architecture: str, backend: str) -> None:
     directory = checkpoints[architecture]
     gpu, cpu = game_on("cuda", directory, backend), game_on("cpu", directory, backend)
+    # Losses near 10 nats; bfloat16 keeps 8 bits of each activation, and HQQ optimises in float16 on CUDA. GPTQ's codes
+    # follow from activations, so on a random model, whose losses no code makes better, they wander further.
+    tolerance = 0.3 if backend == "gptq" else 0.1
     for coalition in some_coalitions(directory):
-        # Losses near 10 nats; bfloat16 keeps 8 bits of each activation, and HQQ optimises in float16 on CUDA.
-        assert gpu.losses(coalition) == pytest.approx(cpu.losses(coalition), abs=0.1)
+        assert gpu.losses(coalition) == pytest.approx(cpu.losses(coalition), abs=tolerance)
 
 
 @pytest.mark.parametrize("backend", NAMES)

@@ -1,0 +1,111 @@
+"""Where blocks go on a GPU, for shapes and sizes of memory that no test machine needs to have."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from impq_edge.errors import SensitivityError
+from impq_edge.model.config import HyperParameters
+from impq_edge.model.spec import ModelSpec, TensorSpec
+from impq_edge.spqe.memory import Placement, place
+
+GIB = 2**30
+LLAMA_8B = (32, 4096, 14336, 32)
+LLAMA_70B = (80, 8192, 28672, 64)
+TEXT: dict[str, Any] = {"windows": 32, "window_tokens": 512, "batch_tokens": 16384, "itemsize": 2, "statistics": "none"}
+
+
+def llama(n_blocks: int, hidden: int, ffn: int, n_heads: int) -> ModelSpec:
+    """A Llama-3.1 of that shape, without weights."""
+    hyper = HyperParameters(
+        architecture="llama", n_blocks=n_blocks, hidden=hidden, ffn=ffn, n_heads=n_heads, n_kv_heads=8,
+        head_dim=hidden // n_heads, vocabulary=128256, context=8192, rms_epsilon=1e-5, rope_theta=5e5,
+        rope_scaling=None, tied_embeddings=False, attention_bias=False, sliding_window=None,
+        attention_softcap=None, final_softcap=None,
+    )  # fmt: skip
+    tensors = []
+    for name, shape in hyper.expected_shapes().items():
+        block = int(name.split(".")[1]) if name.startswith("blk.") else None
+        role: Any = {"token_embd.weight": "embedding", "output.weight": "head"}.get(name, "matrix")
+        tensors.append(TensorSpec(name, name, shape, "vector" if len(shape) == 1 else role, block, None))
+    return ModelSpec("shape", hyper, tuple(tensors), "no weights")
+
+
+def block_bytes(spec: ModelSpec) -> int:
+    return 2 * sum(tensor.weights for tensor in spec.block_matrices(0))
+
+
+def placed(spec: ModelSpec, gib: float, **changes: Any) -> Placement:
+    return place(spec, **{**TEXT, **changes}, free_bytes=int(gib * GIB))
+
+
+def test_80_gib_hold_both_versions_of_an_8b_model() -> None:
+    assert placed(llama(*LLAMA_8B), 79) == Placement(load_on_host=False, resident_blocks=32)
+    assert placed(llama(*LLAMA_8B), 79, statistics="hessian") == Placement(load_on_host=False, resident_blocks=32)
+
+
+def test_24_gib_stream_some_blocks_of_an_8b_model() -> None:
+    """Its blocks take 13 GiB in bfloat16, both versions 26, and the activations of 16,384 tokens 8."""
+    spec = llama(*LLAMA_8B)
+    much, little = placed(spec, 23.5), placed(spec, 23.5, windows=8)
+    assert much.load_on_host and 8 <= much.resident_blocks <= 14
+    assert not little.load_on_host and 18 <= little.resident_blocks <= 24
+
+
+def test_80_gib_stream_most_blocks_of_a_70b_model_and_load_it_on_the_host() -> None:
+    """Its blocks take 127 GiB, both versions 255, and the activations of 16,384 tokens 40."""
+    spec = llama(*LLAMA_70B)
+    much, little = placed(spec, 79), placed(spec, 79, windows=8)
+    assert much.load_on_host and 5 <= much.resident_blocks <= 10
+    assert little.load_on_host and 15 <= little.resident_blocks <= 20
+
+
+@pytest.mark.parametrize("statistics", ["none", "squares", "hessian"])
+@pytest.mark.parametrize("shape", [LLAMA_8B, LLAMA_70B])
+def test_more_memory_never_holds_less(shape: tuple[int, int, int, int], statistics: str) -> None:
+    spec = llama(*shape)
+    found: list[Placement | None] = []
+    for gib in range(1, 400, 1):
+        try:
+            found.append(placed(spec, gib, statistics=statistics))
+        except SensitivityError:
+            found.append(None)
+    first = next(index for index, one in enumerate(found) if one is not None)
+    assert first > 0 and all(one is None for one in found[:first])  # hopeless, and never again afterwards
+    fit = [one for one in found[first:] if one is not None]
+    assert len(fit) == len(found) - first
+    resident = [one.resident_blocks for one in fit]
+    assert resident == sorted(resident) and resident[0] < 4 and resident[-1] == spec.n_blocks
+    on_host = [one.load_on_host for one in fit]
+    assert on_host == sorted(on_host, reverse=True) and on_host[0] and not on_host[-1]
+    for gib, one in enumerate(found, 1):  # all that is placed there really fits
+        if one is not None:
+            places = 2 if one.resident_blocks < spec.n_blocks else 0
+            assert (2 * one.resident_blocks + places) * block_bytes(spec) < gib * GIB
+            assert one.load_on_host or spec.n_blocks * block_bytes(spec) < gib * GIB
+
+
+def test_what_else_needs_memory_leaves_less_for_blocks() -> None:
+    spec = llama(*LLAMA_70B)
+    plain = placed(spec, 79, windows=8).resident_blocks
+    softcapped = dataclasses.replace(
+        spec, hyperparameters=dataclasses.replace(spec.hyperparameters, attention_softcap=50.0)
+    )
+    assert placed(spec, 79, windows=8, statistics="hessian").resident_blocks < plain
+    assert placed(spec, 79, windows=16).resident_blocks < plain
+    assert placed(softcapped, 79).resident_blocks < placed(spec, 79).resident_blocks
+    assert placed(spec, 79, windows=8, itemsize=4).resident_blocks < plain / 1.5
+
+
+def test_what_cannot_fit_is_said_with_a_remedy() -> None:
+    with pytest.raises(SensitivityError) as caught:
+        placed(llama(*LLAMA_70B), 8)
+    told = str(caught.value)
+    assert "\n" not in told and told.endswith(".") and told.count(". ") == 0
+    assert told.startswith("The GPU has 8192 MiB free, but shape needs ")
+    assert "ask for fewer --tokens than 16384, or use --compute cpu" in told
+    needed = int(told.split("needs ")[1].split()[0])
+    assert placed(llama(*LLAMA_70B), (needed + 1) / 1024) == Placement(load_on_host=True, resident_blocks=0)
+    with pytest.raises(SensitivityError):
+        placed(llama(*LLAMA_70B), (needed - 1) / 1024)
