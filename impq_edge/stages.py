@@ -53,9 +53,9 @@ def profile(
     model
         ``"demo"``, a checkpoint directory, a hub id, or what :func:`impq_edge.model.source.find` found.
     out
-        Where the profile is saved. Losses are kept in ``<out>.journal`` until it is whole; a killed run
-        goes on from there. A finished profile with the same inputs is not redone; one of the same game
-        with fewer permutations, or cut short, is gone on with.
+        Where the profile is saved. Losses are kept in ``<out>.journal`` until it is whole; a run that was killed,
+        or ended by its time limit, goes on from there. A finished profile with the same inputs is not redone;
+        one of the same game with fewer permutations, or cut short, is gone on with.
     game
         How sensitivity is measured.
     request
@@ -94,7 +94,8 @@ def profile(
         limits=Limits(answer, game.time_limit_s), workers=Workers(game.workers, game.ray_address), progress=progress,
     )  # fmt: skip
     measured.profile.save(out)
-    journal.unlink(missing_ok=True)
+    if measured.profile.stopped_by != "time":  # then it also holds what was measured of a round cut short
+        journal.unlink(missing_ok=True)
     say(_told(measured))
     return measured.profile
 

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from impq_edge.spqe.profile import Design, SensitivityProfile
+
 ON_PI = ("--device", "raspberry-pi-5")
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "NO_COLOR": "1"}
 
 
-def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str | Path | int, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "impq_edge.cli", *map(str, arguments)],
-        check=False, capture_output=True, text=True, env={**ENVIRONMENT, **environment},
+        check=False, capture_output=True, text=True, env={**ENVIRONMENT, **environment}, cwd=cwd,
     )  # fmt: skip
 
 
@@ -69,6 +71,57 @@ def test_stages_one_after_another(checkpoints: dict[str, Path], tmp_path: Path) 
     assert report["passed"] and report["sha256"] == artifact["sha256"]
 
 
+def test_a_profile_as_asked_for(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "p.json"
+    done = run(
+        "profile", "--model", checkpoints["llama"], "--backend", "quanto", "--group-size", 64,
+        "--players", "sublayers", "--estimator", "stratified", "--until-stable", "order", "--permutations", 6,
+        "--tokens", 512, "--seed", 3, "-o", out, "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told, made = json.loads(done.stdout), SensitivityProfile.load(out)
+    assert told.keys() == {"profile", "sha256", "players", "phi", "phi_stderr", "evaluations", "stopped_by"}
+    assert told["players"] == [f"blk.{block}.{part}" for block in range(3) for part in ("attn", "ffn")]
+    assert (told["profile"], told["sha256"]) == (str(out), made.identity())
+    assert tuple(told["phi"]) == made.phi and tuple(told["phi_stderr"]) == made.phi_stderr
+    assert told["evaluations"] == len(made.evaluations) <= 32 and told["stopped_by"] == made.stopped_by
+    assert made.design == Design("stratified", 6, 3, "order")
+    assert made.settings.backend["name"] == "quanto" and made.settings.backend["group_size"] == 64
+    assert made.bits_per_weight == (2 + 2 * 32 / 64, 4 + 2 * 32 / 64)  # scale and shift of a group in float32
+    sentence = done.stderr.strip()
+    assert sentence.startswith(f"{len(made.evaluations)} evaluations, which recomputed ") and "\n" not in sentence
+
+
+@pytest.mark.slow
+def test_the_number_of_workers_changes_no_byte(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="ray is not installed, see the extra 'cluster'")
+    outs = {workers: tmp_path / f"{workers}.json" for workers in (1, 2)}
+    for workers, out in outs.items():
+        done = run(
+            "profile", "--model", checkpoints["llama"].name, "--players", "sublayers", "--permutations", 60,
+            "--tokens", 512, "--until-stable", "order", "--workers", workers, "-o", out,
+            cwd=checkpoints["llama"].parent,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert len(done.stderr.splitlines()) == 1 and " evaluations, which recomputed " in done.stderr, done.stderr
+        assert "blk.2.ffn" in done.stdout and done.stdout.endswith("evaluations, stopped by stability\n")
+    assert outs[1].read_bytes() == outs[2].read_bytes()
+    assert set(tmp_path.iterdir()) == set(outs.values())
+
+
+def test_workers_without_ray_say_what_to_install(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    code = "import sys; sys.modules['ray'] = None; from impq_edge.cli import main; main()"
+    out = tmp_path / "out" / "p.json"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "profile", "--model", checkpoints["llama"], "--tokens", "512", "--workers", "2",
+         "-o", out],
+        check=False, capture_output=True, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr == "Error: --workers 2 needs ray; pip install 'impq-edge[cluster]'.\n"
+    assert not out.parent.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -78,6 +131,10 @@ def test_stages_one_after_another(checkpoints: dict[str, Path], tmp_path: Path) 
         (["build", "--device", "raspberry-pi-5", "--budget", "big", "-o", "OUT"], 3, "write it like 900MiB"),
         (["build", "-o", "OUT"], 2, "--device"),
         (["profile", "--backend", "awq", "-o", "OUT"], 2, "awq"),
+        (["profile", "--players", "heads", "-o", "OUT"], 2, "heads"),
+        (["profile", "--time-limit", "soon", "-o", "OUT"], 3, "'soon' is not a time; write it like 90s, 10min or 1.5h"),
+        (["profile", "--group-size", "64", "--backend", "kquant", "-o", "OUT"], 3,
+         "Backend 'kquant' has no setting 'group-size'; it takes importance."),
         (["allocate", "nothing.json", "--device", "raspberry-pi-5", "-o", "OUT"], 3, "nothing.json does not exist"),
         (["allocate", "tiny-llama3-kquant", *ON_PI, "--budget", "1MiB", "-o", "OUT"], 3, "--budget"),
         (["allocate", "tiny-llama3-kquant", *ON_PI, "--average-bits", "7", "-o", "OUT"], 3, "2…4"),

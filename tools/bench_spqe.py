@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import transformers
 
-from impq_edge.backends import BITS, Bits, Inputs, Statistics, Stored, load_backend
+from impq_edge.backends import BITS, NAMES, Bits, Inputs, Statistics, Stored, load_backend
 from impq_edge.model.config import HyperParameters
 from impq_edge.model.spec import ModelSpec, TensorSpec
 from impq_edge.spqe.game import Game
@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--backends", nargs="*", default=["hqq", "quanto", "kquant"])
     parser.add_argument("--quantised-blocks", type=int, default=2)
     parser.add_argument("--resident", type=int, help="blocks whose versions stay on the GPU; default all")
+    parser.add_argument("--prepare-with", choices=NAMES, help="really quantise all blocks, with this backend")
     parser.add_argument("--no-graphs", action="store_true", help="never use CUDA graphs")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -92,7 +93,7 @@ def main() -> None:
     result["quantise_s_per_block"] = {
         name: quantise_seconds(model, name, options.quantised_blocks, options.tokens) for name in options.backends
     }
-    game, result["memory"] = prepare(model, options.shape, windows, options.resident)
+    game, result["memory"] = prepare(model, options.shape, windows, options.resident, options.prepare_with)
     if options.no_graphs:
         game._graphs = None
     result["cuda_graphs"] = game._graphs is not None
@@ -139,8 +140,10 @@ def spec_of(name: str) -> ModelSpec:
     return ModelSpec(name, hyper, tuple(matrices), "random weights")
 
 
-def prepare(model: Any, shape: str, windows: np.ndarray, resident: int | None) -> tuple[Game, dict[str, Any]]:
-    """Make two copies of every block, and tell how much memory that took beside the model and the second copy."""
+def prepare(
+    model: Any, shape: str, windows: np.ndarray, resident: int | None, backend: str | None
+) -> tuple[Game, dict[str, Any]]:
+    """Make two versions of every block, copies unless a backend is named, and tell what memory that took."""
     spec = spec_of(shape)
     parameters = {
         name: parameter.data for name, parameter in model.named_parameters() if name.startswith("model.layers")
@@ -151,8 +154,12 @@ def prepare(model: Any, shape: str, windows: np.ndarray, resident: int | None) -
         torch.cuda.reset_peak_memory_stats()
     game = Game(model, spec, windows)
     start = time.perf_counter()
-    game.prepare(lambda tensor: parameters.pop(tensor.name).float(), AsIs(), resident_blocks=resident)
-    memory: dict[str, Any] = {"copying_s": time.perf_counter() - start}
+    game.prepare(
+        lambda tensor: parameters.pop(tensor.name).float(),
+        load_backend(backend) if backend else AsIs(),
+        resident_blocks=resident,
+    )
+    memory: dict[str, Any] = {"made_with": backend or "copies", "seconds": time.perf_counter() - start}
     if cuda:
         itemsize = next(model.parameters()).element_size()
         kept = spec.n_blocks if resident is None else resident
@@ -235,7 +242,7 @@ def quantise_seconds(model: Any, name: str, blocks: int, tokens: int) -> dict[st
                 for module in linears.values():
                     weight = module.weight
                     module(torch.randn(1, tokens, weight.shape[1], device=weight.device).to(weight.dtype))
-            inputs = {f"{name}.weight": observer.inputs(f"{name}.weight") for name in linears}
+            inputs = {f"{name}.weight": observer.take(f"{name}.weight") for name in linears}
         finish()
         middle = time.perf_counter()
         with torch.no_grad():

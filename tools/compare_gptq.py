@@ -83,7 +83,7 @@ def _observe(model: Any, backend: Backend, windows: NDArray[np.int64]) -> dict[t
             stack.enter_context(observer)
         for rows in torch.from_numpy(windows).split(_ROWS):
             model.model(input_ids=rows, use_cache=False)
-    found = {(block, name): observers[block].inputs(f"{name}.weight") for block, name in _matrices(model)}
+    found = {(block, name): observers[block].take(f"{name}.weight") for block, name in _matrices(model)}
     return {key: inputs for key, inputs in found.items() if inputs is not None}
 
 

@@ -112,15 +112,17 @@ class Game:
             observer = Observer(layer, backend.statistics)
             with observer:
                 hidden = [self._run(layer, index, batch) for batch in hidden]
-            names, stored = [], []
+            names: list[str] = []
+            stored: list[dict[Bits, torch.Tensor]] = []
             for tensor in self._matrices[index]:
                 name = tensor.name.removeprefix(f"model.layers.{index}.")
-                weight = read(tensor).to(self.device)
-                made = {bits: backend.quantise(weight, bits, observer.inputs(name)) for bits in BITS}
                 names.append(name)
-                stored.append({bits: one.weight.to(self.dtype) for bits, one in made.items()})
-                for bits, one in made.items():
-                    bits_used[bits] += one.bits_per_weight * tensor.weights
+                stored.append({})
+                weight, inputs = read(tensor).to(self.device), observer.take(name)
+                for bits in BITS:
+                    made = backend.quantise(weight, bits, inputs)
+                    stored[-1][bits] = made.weight.to(self.dtype)
+                    bits_used[bits] += made.bits_per_weight * tensor.weights
             self._versions.add(layer, names, stored)
             progress(1)
         weights = sum(player.weights for player in self.players)

@@ -95,12 +95,19 @@ def _intact_lines(path: Path, text: str) -> tuple[int, list[dict[str, Any]]]:
     intact_bytes = 0
     for line in text.splitlines(keepends=True):
         checksum, _, body = line.rstrip("\n").partition(" ")
-        if not line.endswith("\n"):
+        torn = not line.endswith("\n")
+        if torn and (lines or _may_begin_a_journal(line)):
             break
-        if checksum != f"{zlib.crc32(body.encode()):08x}":
+        if torn or checksum != f"{zlib.crc32(body.encode()):08x}":
             raise SensitivityError(
                 f"Line {len(lines) + 1} of {path} is damaged, or the file is no journal; delete it to start anew."
             )
         lines.append(json.loads(body))
         intact_bytes += len(line.encode())
     return intact_bytes, lines
+
+
+def _may_begin_a_journal(text: str) -> bool:
+    """Whether ``text`` is what a run may have left that was killed while it wrote the first line."""
+    opening = f' {{"schema": "{_SCHEMA}"'
+    return set(text[:8]) <= set("0123456789abcdef") and opening.startswith(text[8:][: len(opening)])

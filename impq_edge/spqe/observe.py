@@ -35,12 +35,15 @@ class Observer:
             hook.remove()
         self._latest = None
 
-    def inputs(self, name: str) -> Inputs | None:
-        """Return the statistics of a matrix, by the name of its weight in the block; None if none were asked for."""
+    def take(self, name: str) -> Inputs | None:
+        """Return the statistics of a matrix and let go of them; None if none were asked for.
+
+        ``name`` is that of its weight in the block. The moment of a wide layer is as large as its weights.
+        """
         if self._statistics == "none":
             return None
         module = name.removesuffix(".weight")
-        mean = self._sums[module] / self._tokens[module]
+        mean = self._sums.pop(module) / self._tokens[module]
         if self._statistics == "squares":
             return Inputs(self._tokens[module], mean, None)
         return Inputs(self._tokens[module], mean.diagonal().clone(), mean)

@@ -121,15 +121,18 @@ class SensitivityProfile(Record):
     def __post_init__(self) -> None:
         n_players = self.n_players
         full = set(range(n_players))
-        orders = self.design.estimator != "stratified"
+        sizes = range(1, n_players) if self.design.estimator == "stratified" else (n_players,)
         for draw in self.draws:
-            if len(set(draw)) != len(draw) or not set(draw) <= full or (orders and len(draw) != n_players):
+            if len(set(draw)) != len(draw) or not set(draw) <= full or len(draw) not in sizes:
                 raise SensitivityError(f"The profile's draws are not of {n_players} players; make it anew.")
         shapes = {len(self.phi), len(self.phi_stderr), len(self.covariance), *map(len, self.covariance)}
         if shapes != {n_players}:
             raise SensitivityError(f"The profile's estimates are not of {n_players} players; make it anew.")
         if any(len(e.coalition) != n_players or not set(e.coalition) <= {"2", "4"} for e in self.evaluations):
             raise SensitivityError(f"The profile's evaluations are not of {n_players} players; make it anew.")
+        windows = {len(losses) for losses in (self.reference_losses, *(e.losses for e in self.evaluations))}
+        if len(windows) > 1 or 0 in windows:
+            raise SensitivityError("The profile's losses are not all of the same windows; make it anew.")
 
     @property
     def n_players(self) -> int:

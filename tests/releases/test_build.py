@@ -199,6 +199,23 @@ def test_another_backend_shows_what_the_k_quants_lose(checkpoints: dict[str, Pat
     assert any(ours != kquant for _, ours, kquant in rows)
 
 
+def test_the_report_of_finer_players_lists_them_all(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    made, told = quick_build(
+        checkpoints["qwen3"], tmp_path, game=dataclasses.replace(GAME, tokens=512, players="sublayers")
+    )
+    report = (tmp_path / "report.md").read_text()
+    section = report[report.index("## Sublayers\n") : report.index("## Memory on")]
+    names = [f"{block}.{part}" for block in range(3) for part in ("attn", "ffn")]
+    rows = re.findall(r"^\| (\S+) \| ([24]) \| ([+-][\d.]+) ± [\d.]+ \|", section, re.MULTILINE)
+    assert [(name, bits) for name, bits, _ in rows] == [
+        (name, str(bits)) for name, bits in zip(names, made.allocation.player_bits, strict=True)
+    ]
+    assert [float(phi) for *_, phi in rows] == pytest.approx(made.profile.phi, abs=1e-5)
+    assert made.allocation.players == "sublayers" and made.artifact.tensor_types == made.allocation.tensor_types
+    players = made.allocation.player_bits.count(4)
+    assert any(f"{players} of 6 sublayers at 4 bit" in sentence for sentence in told)
+
+
 def test_kill_at_any_stage_and_resume_gives_the_same_bytes(
     built: tuple[Build, list[str]], checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:

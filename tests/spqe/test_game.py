@@ -20,9 +20,7 @@ def windows(count: int = 5, length: int = 96) -> np.ndarray:
     return np.random.default_rng(0).integers(10, 8000, size=(count, length))
 
 
-def game_of(
-    directory: Path, tokens: np.ndarray, backend: str = "kquant", players: PlayerKind = "blocks"
-) -> Game:
+def game_of(directory: Path, tokens: np.ndarray, backend: str = "kquant", players: PlayerKind = "blocks") -> Game:
     spec = read_model(directory)
     game = Game(load_model(directory, spec, CPU, torch.float32), spec, tokens, players)
     prepare(game, directory, backend)
@@ -64,8 +62,7 @@ def test_losses_are_those_of_the_whole_model(checkpoints: dict[str, Path], archi
         assert game.losses(coalition) == pytest.approx(expected, abs=2e-5)
 
 
-@pytest.mark.parametrize("players", ["sublayers", "tensors"])
-@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+@pytest.mark.parametrize(("architecture", "players"), [("llama", "tensors"), ("gemma2", "sublayers")])
 def test_losses_of_finer_players_are_those_of_the_whole_model(
     checkpoints: dict[str, Path], architecture: str, players: PlayerKind
 ) -> None:
@@ -81,7 +78,7 @@ def test_losses_of_finer_players_are_those_of_the_whole_model(
 
 def test_the_same_bits_by_other_players_give_the_same_losses(checkpoints: dict[str, Path]) -> None:
     """Bit for bit: a coalition of blocks, written out for sublayers and for tensors."""
-    directory, tokens = checkpoints["qwen3"], windows(count=2)
+    directory, tokens = checkpoints["qwen3"], windows(count=2, length=32)
     blocks, finer = game_of(directory, tokens), ("sublayers", "tensors")
     games = {players: game_of(directory, tokens, players=players) for players in finer}
     seen = set()
@@ -94,16 +91,15 @@ def test_the_same_bits_by_other_players_give_the_same_losses(checkpoints: dict[s
     assert len(seen) == 8
 
 
-@pytest.mark.parametrize("players", ["sublayers", "tensors"])
-@pytest.mark.parametrize("estimator", ["permutations", "stratified"])
+@pytest.mark.parametrize(("estimator", "players"), [("permutations", "tensors"), ("stratified", "sublayers")])
 def test_reuse_with_finer_players_changes_no_bit(
     checkpoints: dict[str, Path], players: PlayerKind, estimator: Estimator
 ) -> None:
-    walked, fresh = (game_of(checkpoints["llama"], windows(count=2), players=players) for _ in range(2))
+    walked, fresh = (game_of(checkpoints["llama"], windows(count=2, length=32), players=players) for _ in range(2))
     n_players = walked.n_players
     wanted = evaluation_order(estimator, draws(estimator, n_players, 2, seed=0), n_players)
     reused = {coalition: walked.losses(coalition) for coalition in wanted}
-    assert walked.recomputed_share < (0.8 if estimator == "permutations" else 1.01)  # few random ones share nothing
+    assert 0 < walked.recomputed_share < 0.9
     for coalition in wanted[::-1]:
         fresh.forget()
         assert np.array_equal(fresh.losses(coalition), reused[coalition])

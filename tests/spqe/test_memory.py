@@ -105,7 +105,7 @@ def test_what_cannot_fit_is_said_with_a_remedy() -> None:
     assert "\n" not in told and told.endswith(".") and told.count(". ") == 0
     assert told.startswith("The GPU has 8192 MiB free, but shape needs ")
     assert "ask for fewer --tokens than 16384, or use --compute cpu" in told
-    needed = int(told.split("needs ")[1].split()[0])
+    needed = int(told.split("needs ")[1].split(maxsplit=1)[0])
     assert placed(llama(*LLAMA_70B), (needed + 1) / 1024) == Placement(load_on_host=True, resident_blocks=0)
     with pytest.raises(SensitivityError):
         placed(llama(*LLAMA_70B), (needed - 1) / 1024)

@@ -92,6 +92,4 @@ def test_anything_else_is_refused_in_one_sentence(spec: ModelSpec, text: str) ->
     with pytest.raises(SensitivityError) as caught:
         stability_answer(text, spec, "blocks")
     told = str(caught.value)
-    assert told == (
-        f"--until-stable {text!r} is neither 'order' nor average bits from 2 to 4; write it like 2.5,3."
-    )
+    assert told == (f"--until-stable {text!r} is neither 'order' nor average bits from 2 to 4; write it like 2.5,3.")

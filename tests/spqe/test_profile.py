@@ -134,9 +134,9 @@ def test_draws_that_are_none_are_refused(spec: ModelSpec, estimator: Estimator) 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_other_draws_than_those_estimated_from_are_refused(spec: ModelSpec, estimator: Estimator) -> None:
     made = profile_of(spec, estimator)
-    for found in (made.draws[:-2], (*made.draws, made.draws[0]), ()):
+    for found in (made.draws[:-2], (*made.draws, *made.draws[:2]), made.draws[:1], ()):
         told = refusal(lambda found=found: dataclasses.replace(made, draws=found).estimate())
-        assert "does not follow from" in told or "draws" in told or "estimate from" in told
+        assert "does not follow from" in told or "to estimate from" in told
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_losses_of_other_windows_are_refused(spec: ModelSpec, losses: tuple[floa
     made = profile_of(spec)
     changed = (dataclasses.replace(made.evaluations[0], losses=losses), *made.evaluations[1:])
     told = refusal(lambda: dataclasses.replace(made, evaluations=changed))
-    assert told == f"The profile's evaluations are not of {WINDOWS} windows; make it anew."
+    assert told == "The profile's losses are not all of the same windows; make it anew."
 
 
 @pytest.mark.parametrize("coalition", ["22222", "222222222", "22222x", "222223", ""])
