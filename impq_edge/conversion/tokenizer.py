@@ -12,6 +12,8 @@ Differences that remain whatever a GGUF says:
   other ids.
 - Text is split differently at letters and digits that Unicode gained after version 15.1 (4,382 code points, 4,395
   with "smollm") and at U+017F after an apostrophe; every other code point agrees.
+- A byte-level vocabulary may lack a few control characters and bytes that no assigned character has (SmolLM2's does):
+  transformers leaves such a character out of the text before merging, llama.cpp after.
 - A U+2581 in the text is a space to llama.cpp, so that one beside a space can join it (SentencePiece-like models).
 - llama.cpp makes control tokens of tokens of certain names, whatever their type: ``<end_of_turn>`` is text with
   ``parse_special=False``; ``</s>``, a word of Qwen's vocabulary, is found in text with ``parse_special=True`` and

@@ -51,6 +51,8 @@ class GameOptions:
         ):
             if value not in known:
                 raise SensitivityError(f"{flag} {value!r} is unknown; choose one of {', '.join(known)}.")
+        if self.until_stable not in (None, "order", "allocation"):
+            _average_bits(self.until_stable)
         if self.window_tokens < 2:
             raise SensitivityError(f"A window of {self.window_tokens} tokens has nothing to predict; give 2 or more.")
         if self.permutations < 1:
@@ -66,24 +68,22 @@ class GameOptions:
 
 
 def stability_answer(until_stable: str, spec: ModelSpec, players: PlayerKind) -> Answer:
-    """Return what must stop changing: the order of the players, or the allocations at average bits.
-
-    Raises
-    ------
-    SensitivityError
-        When the text is neither ``order`` nor numbers from 2 to 4.
-    """
+    """Return what must stop changing: the order of the players, or the allocations at average bits."""
     if until_stable == "order":
         return order_answer
+    targets, who = _average_bits(until_stable), players_of(spec, players)
+
+    def allocations(found: Estimate) -> tuple[tuple[int, ...], ...]:
+        return tuple(bits_at(who, found.phi, found.covariance, target) for target in targets)
+
+    return allocations
+
+
+def _average_bits(until_stable: str) -> list[Fraction]:
     parts = [part.strip() for part in until_stable.split(",")]
     targets = [Fraction(part) for part in parts if _BITS.fullmatch(part)]
     if len(targets) < len(parts) or not all(2 <= target <= 4 for target in targets):
         raise SensitivityError(
             f"--until-stable {until_stable!r} is neither 'order' nor average bits from 2 to 4; write it like 2.5,3."
         )
-    who = players_of(spec, players)
-
-    def allocations(found: Estimate) -> tuple[tuple[int, ...], ...]:
-        return tuple(bits_at(who, found.phi, found.covariance, target) for target in targets)
-
-    return allocations
+    return targets

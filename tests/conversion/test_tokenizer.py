@@ -619,7 +619,7 @@ def test_merges_that_make_no_token_are_refused(merge: Any, tmp_path: Path) -> No
     assert "merge" in refused(directory)
 
 
-@pytest.mark.parametrize(("name", "byte"), [("tiny-llama3", "Ā"), ("tiny-gemma2", "<0xE9>")])
+@pytest.mark.parametrize(("name", "byte"), [("tiny-llama3", "ð"), ("tiny-gemma2", "<0xE9>")])
 def test_a_vocabulary_without_all_bytes_is_refused(name: str, byte: str, tmp_path: Path) -> None:
     directory = copy_of(name, tmp_path / "x")
     model = read(directory, "model")
@@ -627,6 +627,17 @@ def test_a_vocabulary_without_all_bytes_is_refused(name: str, byte: str, tmp_pat
     edit(directory / "tokenizer.json", model=model)
     message = refused(directory)
     assert "lacks 1 of the 256 bytes" in message or "lacks 1 byte tokens" in message
+
+
+def test_a_vocabulary_may_lack_bytes_that_no_text_has(tmp_path: Path) -> None:
+    """SmolLM2's lacks some control characters, and bytes that UTF-8 never uses."""
+    directory = copy_of("tiny-llama3", tmp_path / "x")
+    model = read(directory, "model")
+    for missing in ("À", "Á", "ÿ", "Ā"):
+        del model["vocab"][missing]
+    edit(directory / "tokenizer.json", model=model)
+    _, vocabulary = converted(directory)
+    assert_agrees(directory, vocabulary, ["Plain text.", "naïve ångström, \t tabs\n", "日本語 🙂 Ünïcödé"])
 
 
 def test_merges_that_scores_cannot_stand_for_are_refused(tmp_path: Path) -> None:

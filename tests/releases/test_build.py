@@ -249,7 +249,6 @@ def test_bad_input_leaves_nothing_behind(
         (ModelError, "neither a directory nor a hub id", {"model": Path("nothing at all")}),
         (BackendError, "'awq' is unknown", {"game": GameOptions(backend="awq")}),
         (BackendError, "'kquant' has no setting 'axis'", {"game": GameOptions(backend_settings={"axis": 0})}),
-        (SensitivityError, "neither 'order' nor average bits", {"game": GameOptions(until_stable="soon")}),
         (RecordError, "is a profile of random-qwen3", {"sensitivity": built[0].directory / "sensitivity.json"}),
     ):
         given = {"model": checkpoints["llama"], **arguments}
