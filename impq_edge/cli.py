@@ -57,7 +57,10 @@ GroupSize = Annotated[
 Axis = Annotated[int | None, typer.Option(min=0, max=1, help="Axis of hqq's groups; the library's default.")]
 DampPercent = Annotated[float | None, typer.Option(help="Damping of gptq's Hessian; the library's default.")]
 Sym = Annotated[bool | None, typer.Option("--sym/--no-sym", help="Symmetric codes (gptq); the library's default.")]
-Importance = Annotated[bool, typer.Option(help="Encode with an importance matrix (kquant).")]
+Encode = Annotated[
+    Literal["rtn", "imatrix", "gptq"] | None,
+    typer.Option(help="How kquant encodes: as ggml, with an importance matrix, or by GPTQ onto its grids; rtn."),
+]
 Players = Annotated[
     Literal["blocks", "sublayers", "tensors"], typer.Option(help="What drops to 2 bit together; the paper: blocks.")
 ]
@@ -72,8 +75,8 @@ UntilStable = Annotated[
     str | None,
     typer.Option(
         metavar="WHAT",
-        help="Stop early once `order`, or the allocations at average bits such as `2.5,3`, have stopped changing; "
-        "in build also `allocation`, this device's.",
+        help="Stop early once `order`, or the allocations at average bits such as `2.5,3` (α 0.5), have stopped "
+        "changing; in build also `allocation`, this device's.",
     ),
 ]
 TimeLimit = Annotated[str | None, typer.Option(help="Stop early after so long, such as `90s`, `10min` or `2h`.")]
@@ -83,7 +86,7 @@ Workers = Annotated[
 RayAddress = Annotated[str | None, typer.Option(help="`host:port` of a running Ray cluster, for several machines.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Calibration tokens per evaluation, in windows of 512.")]
 Calibration = Annotated[Path | None, typer.Option(help="Calibration text, UTF-8; a short one ships.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the permutations.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the draws.")]
 Context = Annotated[int | None, typer.Option(min=1, help="Tokens the KV cache must hold; the device's default.")]
 KvType = Annotated[Literal["f16", "q8_0"] | None, typer.Option(help="Type of the KV cache; the device's default.")]
 Budget = Annotated[str | None, typer.Option(help="Largest file, such as `900MiB`.")]
@@ -135,7 +138,7 @@ def profile(
     axis: Axis = None,
     damp_percent: DampPercent = None,
     sym: Sym = None,
-    importance: Importance = False,
+    encode: Encode = None,
     players: Players = "blocks",
     estimator: Estimator = "permutations",
     permutations: Permutations = 8,
@@ -160,7 +163,7 @@ def profile(
 
     game = _game_options(
         backend=backend, group_size=group_size, axis=axis, damp_percent=damp_percent, sym=sym,
-        importance=importance,
+        encode=encode,
         players=players, estimator=estimator, permutations=permutations, until_stable=until_stable,
         time_limit=time_limit, tokens=tokens, calibration=calibration, seed=seed, compute=compute,
         workers=workers, ray_address=ray_address,
@@ -236,7 +239,10 @@ def convert(
     type: Annotated[
         Literal["f32", "f16", "q8_0", "q4_k", "q2_k"] | None, typer.Option(help="One type for all blocks.")
     ] = None,
-    head_type: HeadType = "q6_k",
+    head_type: Annotated[
+        Literal["q6_k", "q8_0", "q4_k", "f16"] | None,
+        typer.Option(help="Type of embedding and head, q6_k by default; an allocation has its own."),
+    ] = None,
     revision: Revision = None,
     allow_fallback: AllowFallback = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the encoder; all cores.")] = None,
@@ -303,7 +309,7 @@ def build(
     axis: Axis = None,
     damp_percent: DampPercent = None,
     sym: Sym = None,
-    importance: Importance = False,
+    encode: Encode = None,
     players: Players = "blocks",
     estimator: Estimator = "permutations",
     permutations: Permutations = 8,
@@ -340,7 +346,7 @@ def build(
 
     game = _game_options(
         backend=backend, group_size=group_size, axis=axis, damp_percent=damp_percent, sym=sym,
-        importance=importance,
+        encode=encode,
         players=players, estimator=estimator, permutations=permutations, until_stable=until_stable,
         time_limit=time_limit, tokens=tokens, calibration=calibration, seed=seed, compute=compute,
         workers=workers, ray_address=ray_address,
@@ -448,7 +454,7 @@ def _game_options(
     axis: int | None,
     damp_percent: float | None,
     sym: bool | None,
-    importance: bool,
+    encode: str | None,
     time_limit: str | None,
     **others: Any,
 ) -> "GameOptions":
@@ -456,7 +462,7 @@ def _game_options(
 
     settings = {
         "group_size": group_size, "axis": axis, "damp_percent": damp_percent, "sym": sym,
-        "importance": importance or None,
+        "encode": encode,
     }  # fmt: skip
     return GameOptions(
         backend_settings={key: value for key, value in settings.items() if value is not None},

@@ -5,7 +5,6 @@ The command line prints it and exits with :data:`EXIT_BAD_INPUT`; nothing else c
 """
 
 EXIT_CHECK_FAILED = 1  # the command ran, and what it checked does not hold
-EXIT_USAGE = 2  # options that do not parse (typer's own code)
 EXIT_BAD_INPUT = 3  # an ImpqError: a file, value or machine that cannot serve
 
 

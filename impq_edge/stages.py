@@ -41,6 +41,7 @@ def profile(
     out: Path,
     game: GameOptions | None = None,
     request: Request | None = None,
+    extend: bool = True,
     revision: str | None = None,
     allow_fallback: bool = False,
     say: Callable[[str], None] = lambda _: None,
@@ -60,6 +61,8 @@ def profile(
         How sensitivity is measured.
     request
         The allocation that must have stopped changing where ``game.until_stable`` is ``"allocation"``.
+    extend
+        Whether a profile that a time limit cut short is gone on with, or taken as it is.
     say
         Told what the game took: evaluations, and the share of the blocks they recomputed.
 
@@ -69,6 +72,10 @@ def profile(
         One sentence for whatever cannot be used; see the subclasses in :mod:`impq_edge.errors`.
     """
     game = game or GameOptions()
+    if game.until_stable == "allocation" and request is None:
+        raise SensitivityError(
+            "--until-stable allocation needs a device; use it with build, or give average bits such as 2.5,3."
+        )
     backend = load_backend(game.backend, **game.backend_settings)
     device = require_compute(game.compute)
     directory, spec = open_model(model, revision, progress)
@@ -78,23 +85,23 @@ def profile(
     settings = game_settings(game.backend, backend, windows, players=game.players, device=device)
     until_stable, answer = _stability(game, spec, header, request)
     design = Design(game.estimator, game.permutations, game.seed, until_stable)
-    known = {}
+    before = None
     if out.exists():
         found = SensitivityProfile.load(out)
         if found.model.content_sha256 != spec.content_sha256 or found.settings != settings:
             raise SensitivityError(
                 f"{out} is a profile of other inputs; give another -o, or delete it to make it anew."
             )
-        if found.design == design and found.stopped_by != "time":
+        if found.design == design and (found.stopped_by != "time" or not extend):
             return found
-        known = found.window_losses
+        before = found
     journal = out.with_name(f"{out.name}.journal")
     measured = estimate_sensitivity(
-        Job(directory, spec, backend, windows, settings), header, design, journal, known=known,
+        Job(directory.resolve(), spec, backend, windows, settings), header, design, journal, before=before,
         limits=Limits(answer, game.time_limit_s), workers=Workers(game.workers, game.ray_address), progress=progress,
     )  # fmt: skip
     measured.profile.save(out)
-    if measured.profile.stopped_by != "time":  # then it also holds what was measured of a round cut short
+    if measured.journal_is_in_profile:  # and not losses of a round cut short, or of a larger design
         journal.unlink(missing_ok=True)
     say(_told(measured))
     return measured.profile
@@ -115,10 +122,7 @@ def _stability(
         return "", None
     if game.until_stable != "allocation":
         return game.until_stable, stability_answer(game.until_stable, spec, game.players)
-    if request is None:
-        raise SensitivityError(
-            "--until-stable allocation needs a device; use it with build, or give average bits such as 2.5,3."
-        )
+    assert request is not None
 
     def allocation(found: Estimate) -> tuple[int, ...]:
         return allocate_blocks(spec, header, found.phi, found.covariance, "", request, game.players).player_bits
@@ -215,7 +219,7 @@ def convert(
     out: Path | str,
     allocation: Allocation | Path | str | None = None,
     type: TensorType | str | None = None,
-    outer_type: TensorType | str = TensorType.Q6_K,
+    outer_type: TensorType | str | None = None,
     revision: str | None = None,
     allow_fallback: bool = False,
     threads: int | None = None,
@@ -228,13 +232,17 @@ def convert(
     Raises
     ------
     ConversionError
-        When neither or both of ``allocation`` and ``type`` are given, or the type is none of
-        :data:`FILE_TYPES`.
+        When neither or both of ``allocation`` and ``type`` are given, the type is none of
+        :data:`FILE_TYPES`, or ``outer_type`` (Q6_K by default) is given beside an allocation.
     AllocationError
         When the allocation was made for other weights.
     """
     if (allocation is None) == (type is None):
         raise ConversionError("Give either --allocation FILE or --type TYPE: what to store the blocks in.")
+    if allocation is not None and outer_type is not None:
+        raise ConversionError(
+            f"--head-type {outer_type} has no effect with --allocation, which has its own; give it to allocate."
+        )
     if threads is not None and threads < 1:
         raise ConversionError(f"--threads {threads} is too few; ask for 1 or more.")
     out = Path(out)
@@ -253,7 +261,7 @@ def convert(
             "budget_bytes": found.budget_bytes,
         }
     else:
-        kind, outer = _file_type(type), TensorType(outer_type)
+        kind, outer = _file_type(type), TensorType(outer_type or TensorType.Q6_K)
         types = uniform_types(spec, kind, outer, allow_fallback)
         allocation_sha256, recipe = None, {"type": str(kind)}
     tokenizer = _tokenizer(directory, spec)

@@ -134,7 +134,7 @@ def test_workers_without_ray_say_what_to_install(checkpoints: dict[str, Path], t
         (["profile", "--players", "heads", "-o", "OUT"], 2, "heads"),
         (["profile", "--time-limit", "soon", "-o", "OUT"], 3, "'soon' is not a time; write it like 90s, 10min or 1.5h"),
         (["profile", "--group-size", "64", "--backend", "kquant", "-o", "OUT"], 3,
-         "Backend 'kquant' has no setting 'group-size'; it takes importance."),
+         "Backend 'kquant' has no setting 'group-size'; it takes encode."),
         (["allocate", "nothing.json", "--device", "raspberry-pi-5", "-o", "OUT"], 3, "nothing.json does not exist"),
         (["allocate", "tiny-llama3-kquant", *ON_PI, "--budget", "1MiB", "-o", "OUT"], 3, "--budget"),
         (["allocate", "tiny-llama3-kquant", *ON_PI, "--average-bits", "7", "-o", "OUT"], 3, "2…4"),

@@ -88,12 +88,17 @@ def load_backend(name: str, **settings: Any) -> Backend:
             chosen = getattr(importlib.import_module(module), attribute)
     except ImportError as error:
         raise BackendError(f"Backend {name!r} needs {error.name}; install impq-edge[workstation].") from None
-    known = [field.name for field in dataclasses.fields(chosen)]
-    for setting in settings:
+    known = {field.name: field.type for field in dataclasses.fields(chosen)}
+    for setting, value in settings.items():
         if setting not in known:
             raise BackendError(
                 f"Backend {name!r} has no setting {setting.replace('_', '-')!r}; it takes "
                 f"{', '.join(k.replace('_', '-') for k in known) or 'none'}."
+            )
+        if type(value) is not known[setting]:
+            raise BackendError(
+                f"Backend {name!r} takes {setting.replace('_', '-')} as {getattr(known[setting], '__name__', '?')}, "
+                f"not {value!r}."
             )
     backend: Backend = chosen(**settings)
     return backend
@@ -142,7 +147,7 @@ def undisturbed() -> Iterator[None]:
 def load_recorded(recorded: Mapping[str, Any]) -> Backend:
     """Load the backend that :func:`describe` recorded, whatever its library's version is now."""
     settings = {key: value for key, value in recorded.items() if key not in ("name", "library")}
-    return load_backend(str(recorded["name"]), **settings)
+    return load_backend(str(recorded.get("name")), **settings)
 
 
 def describe(name: str, backend: Backend) -> dict[str, str | int | float | bool]:

@@ -1,4 +1,4 @@
-"""K-quants: ggml's own encoder, and the weights that its bytes stand for: the game is played with what ships."""
+"""K-quants as the file holds them, and the weights that its bytes stand for: the game is played with what ships."""
 
 import dataclasses
 from typing import ClassVar
@@ -7,8 +7,14 @@ import torch
 
 from impq_edge.backends import Bits, Inputs, Statistics, Stored
 from impq_edge.backends.kquant_decode import decode
-from impq_edge.ggml.encode import encode
+from impq_edge.backends.kquant_gptq import SOLVED, encode_gptq
+from impq_edge.errors import BackendError
+from impq_edge.ggml.encode import encode as encode_as_ggml
 from impq_edge.ggml.types import TensorType, type_for_row
+
+_STATISTICS: dict[str, Statistics] = {"rtn": "none", "imatrix": "squares", "gptq": "hessian"}
+ENCODERS = tuple(_STATISTICS)
+"""How weights become bytes: ggml's encoder, the same with an importance matrix, GPTQ onto the same grids."""
 
 TYPES: dict[Bits, TensorType] = {2: TensorType.Q2_K, 4: TensorType.Q4_K}
 """What "2 bit" and "4 bit" are in a GGUF: 2.625 and 4.5 bits per weight."""
@@ -20,26 +26,39 @@ class KQuant:
 
     LIBRARY: ClassVar[str] = "llama-cpp-python"
 
-    importance: bool = False
-    """Whether errors are weighed by the mean squared input of their column, as llama.cpp's importance matrix does."""
+    encode: str = "rtn"
+    """ggml's own encoder (``rtn``), also with the inputs' mean squares as llama.cpp's importance matrix (``imatrix``),
+    or GPTQ onto the same grids (``gptq``), where types that are no K-quants get ggml's with the importance matrix."""
+
+    def __post_init__(self) -> None:
+        if self.encode not in _STATISTICS:
+            raise BackendError(
+                f"The encoder {self.encode!r} of K-quants is unknown; choose one of {', '.join(ENCODERS)}."
+            )
 
     @property
     def statistics(self) -> Statistics:
-        """The importances are the inputs' mean squares."""
-        return "squares" if self.importance else "none"
+        """What the encoder weighs errors with."""
+        return _STATISTICS[self.encode]
 
     def quantise(self, weight: torch.Tensor, bits: Bits, inputs: Inputs | None = None) -> Stored:
-        """Encode on the CPU, all cores, and decode where ``weight`` (out, in) is.
+        """Encode, and decode where ``weight`` (out, in) is; ggml's encoder runs on the CPU, all cores.
 
         Raises
         ------
-        ConversionError
+        ConversionError, BackendError
             When the inputs are not finite, or not those of this matrix.
         """
         kind = type_for_row(TYPES[bits], weight.shape[1])
+        return Stored(decode(self._encoded(weight, kind, inputs), kind), kind.bits_per_weight)
+
+    def _encoded(self, weight: torch.Tensor, kind: TensorType, inputs: Inputs | None) -> torch.Tensor:
         importance = None
-        if self.importance:
+        if self.encode != "rtn":
             assert inputs is not None, "a backend that asks for statistics is given them"
+            if self.encode == "gptq" and kind in SOLVED:
+                assert inputs.second_moment is not None, "GPTQ needs the second moment of the inputs"
+                return encode_gptq(weight, inputs.second_moment, kind)
             importance = inputs.mean_square.float().cpu().numpy()
-        data = torch.from_numpy(encode(weight.float().cpu().numpy(), kind, importance=importance))
-        return Stored(decode(data.to(weight.device), kind), kind.bits_per_weight)
+        data = encode_as_ggml(weight.float().cpu().numpy(), kind, importance=importance)
+        return torch.from_numpy(data).to(weight.device)

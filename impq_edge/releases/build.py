@@ -151,8 +151,8 @@ def build(
         _require_same_text(found, directory, game.calibration, sensitivity)
     else:
         found = profile(
-            source, out=profile_path, game=game, request=request, allow_fallback=allow_fallback, say=say,
-            progress=progress,
+            source, out=profile_path, game=game, request=request, extend=False, allow_fallback=allow_fallback,
+            say=say, progress=progress,
         )  # fmt: skip
     allocation = allocate(
         found, device=target, context_tokens=context_tokens, kv_type=kv_type, budget_bytes=budget_bytes,
@@ -174,7 +174,7 @@ def build(
         else finish(f"uniform-{bits}bit.gguf", bits)
         for bits in (4, 2)
     }
-    losses = _backend_losses(directory, found, allocation, game.calibration, out, progress)
+    losses = _backend_losses(directory, found, allocation, game.calibration, compute, out, progress)
     plan = memory_plan(
         spec, allocation.tensor_types, artifact.file_bytes, target,
         context_tokens=allocation.context_tokens, kv_type=allocation.kv_type,
@@ -330,8 +330,8 @@ def _validated(
 
 def _is_what_ships(found: SensitivityProfile) -> bool:
     """Whether the game was played with the very weights that the writer stores."""
-    backend = load_recorded(found.settings.backend)
-    return found.settings.backend["name"] == "kquant" and backend == load_backend("kquant")
+    recorded = found.settings.backend
+    return recorded.get("name") == "kquant" and load_recorded(recorded) == load_backend("kquant")
 
 
 def _backend_losses(
@@ -339,6 +339,7 @@ def _backend_losses(
     found: SensitivityProfile,
     allocation: Allocation,
     calibration: Path | None,
+    compute: str,
     out: Path,
     progress: Progress,
 ) -> BackendLosses | None:
@@ -350,8 +351,7 @@ def _backend_losses(
         kept = BackendLosses.load(path)
         if (kept.allocation_sha256, kept.profile_sha256) == (allocation.identity(), found.identity()):
             return kept
-    device = require_compute(None)
-    settings = dataclasses.replace(found.settings, device=device, dtype=COMPUTE_DTYPES[device])
+    settings = dataclasses.replace(found.settings, device=compute, dtype=COMPUTE_DTYPES[compute])
     mix: Coalition = tuple(4 if bits == 4 else 2 for bits in allocation.player_bits)
     coalitions = [mix, uniform(4, len(mix)), uniform(2, len(mix))]
     windows = calibration_windows(directory, calibration, found.settings.tokens, found.settings.window_tokens)

@@ -13,7 +13,7 @@ from impq_edge.spqe.run import COMPUTE_DTYPES
 
 _MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
 _USED_SHARE = 0.5  # of a large matrix product's rate: what evaluations reached on two cores and the demo
-_RECOMPUTED_SHARE = 0.53  # of the blocks, on permutation walks (measured, see docs)
+_RECOMPUTED_SHARE = 0.55  # of the blocks: 0.37 to 0.64 by design and model (docs/speed.md)
 _VALIDATION_PASSES = 3  # perplexity, and about twice as much again for speed and memory
 
 

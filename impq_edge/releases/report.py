@@ -159,11 +159,13 @@ def _checks(report: ValidationReport) -> str:
 def _backends(c: Comparison) -> str:
     if c.backend_losses is None:
         return ""
-    name = str(c.profile.settings.backend["name"])
+    recorded = c.profile.settings.backend
+    name = " ".join(str(recorded[key]) for key in ("name", "encode") if key in recorded)
     lines = [
         f"## {name} against the K-quants that ship",
         "",
-        f"The profile was measured with {name}; the file holds K-quants. Calibration loss of the same blocks:",
+        f"The profile was measured with {name}; the file holds what ggml's encoder makes. Calibration loss of the same "
+        "blocks:",
         "",
         f"| blocks | {name}, nats/token | K-quants, nats/token |",
         "|---|---:|---:|",

@@ -40,7 +40,7 @@ _QUIET = {
 }
 
 
-class Player(Protocol):
+class Host(Protocol):
     """What a worker holds: the game, as :class:`impq_edge.spqe.game.Game` plays it."""
 
     @property
@@ -121,7 +121,7 @@ class RayEvaluator:
 
     def __init__(
         self,
-        make: Callable[[], Player],
+        make: Callable[[], Host],
         workers: int,
         *,
         gpus: bool = False,
@@ -329,7 +329,7 @@ def _check_reachable(address: str) -> None:
         ) from None
 
 
-def _play(player: Player, coalition: Coalition) -> tuple[NDArray[np.float64], int, float]:
+def _play(player: Host, coalition: Coalition) -> tuple[NDArray[np.float64], int, float]:
     losses = player.losses(coalition)
     return losses, player.evaluations, player.recomputed_share
 

@@ -17,6 +17,9 @@ from impq_edge.spqe.sampling import pairs_of_size
 
 Array = NDArray[np.float64]
 
+FITTED_PAIRS = 2000
+"""Interactions are fitted to so many pairs at most: 3 s of one core, and the time grows with the cube."""
+
 _POOLED_PAIRS = 4  # a player's own variance weighs as much as the players' mean once this many pairs are to spare
 
 
@@ -29,6 +32,10 @@ class Pairs:
     differences: Array  # d, (n,)
     cuts: Array  # (n,): g(all at 2 bit) − g(z) − g(−z)
     total: float  # g(all at 2 bit)
+
+    def first(self, count: int) -> "Pairs":
+        """Return the first ``count`` of the pairs."""
+        return Pairs(self.signs[:count], self.sizes[:count], self.differences[:count], self.cuts[:count], self.total)
 
     @property
     def n_players(self) -> int:
@@ -156,8 +163,10 @@ def interactions(pairs: Pairs, phi: Array) -> Array:
     first), and a term in (k (N − k))² for that function's fourth order, which is no pair's and is left out
     of I. When all pairs are known there is no penalty.
 
-    Costs an eigendecomposition of n × n.
+    Costs an eigendecomposition of n × n, so that of many pairs the first :data:`FITTED_PAIRS` are used: any
+    prefix of the draws is balanced over sizes.
     """
+    pairs = pairs.first(FITTED_PAIRS)
     z, n_players = pairs.signs, pairs.n_players
     root = np.sqrt(pairs.weights * len(z))
     between = (n_players**2 - z.sum(axis=1) ** 2) / 4  # Σ_{i<j} 1[z_i ≠ z_j] = k (N − k)

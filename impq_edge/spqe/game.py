@@ -133,6 +133,8 @@ class Game:
         """Return the mean negative log-likelihood per token of each window, in nats, shape (windows,)."""
         start, trace = self._best_start(coalition)
         entering = [*trace.entering[: start + 1]]
+        del trace
+        self._last = None  # what is not shared makes room for what comes
         bits = [tuple(coalition[owner] for owner in owners) for owners in self._owners]
         for index, layer in enumerate(self._versions.blocks(start, bits), start):
             entering.append([self._replay(layer, index, bits[index], batch) for batch in entering[index]])

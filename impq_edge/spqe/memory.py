@@ -59,7 +59,7 @@ def place(
         quantising += 4 * _HESSIAN_COPIES * max(t.shape[1] for t in spec.block_matrices(0)) ** 2
     traces = _TRACES * (n_blocks + 1) * windows * window_tokens * hyper.hidden * itemsize
     left = free_bytes - outside_bytes - max(quantising, _LOGITS_BYTES + traces) - working
-    if n_blocks * len(BITS) * block_bytes <= left:
+    if (n_blocks * len(BITS) + 1) * block_bytes <= left:  # a block's own weights lie beside its versions for a while
         return Placement(False, n_blocks)
     resident = (left - _STREAMING_PLACES * block_bytes) // (len(BITS) * block_bytes)
     if resident < 0:
@@ -69,7 +69,8 @@ def place(
             f"blocks in host memory; ask for fewer --tokens than {windows * window_tokens}, or use --compute cpu."
         )
     # While blocks are made one after another, those still to come lie on the GPU beside those made.
-    return Placement(n_blocks * block_bytes > left, int(resident))
+    beside = len(BITS) + _STREAMING_PLACES
+    return Placement((n_blocks + beside) * block_bytes > left, int(resident))
 
 
 def free_gpu_bytes() -> int:

@@ -63,6 +63,8 @@ class GameOptions:
             raise SensitivityError(f"--seed {self.seed} is negative; give 0 or more.")
         if self.workers < 0:
             raise SensitivityError(f"--workers {self.workers} is negative; give 0 for this process alone, or more.")
+        if self.ray_address is not None and not self.workers:
+            raise SensitivityError(f"--ray-address {self.ray_address} needs --workers; give 1 or more.")
         if self.time_limit_s is not None and not 0 < self.time_limit_s < math.inf:
             raise SensitivityError(f"--time-limit {self.time_limit_s:g} s is no time; give more than 0.")
 

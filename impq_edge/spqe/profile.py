@@ -1,6 +1,7 @@
 """The record of one run of SPQE: every loss that was measured, and the estimate from them."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from typing import ClassVar, Literal, Self
 
@@ -150,13 +151,17 @@ class SensitivityProfile(Record):
         return {from_text(e.coalition): float(np.mean(e.losses)) for e in self.evaluations}
 
     def estimate(self) -> Estimate:
-        """Recompute φ, its errors and C from the stored losses.
+        """Recompute φ, its errors and C from the stored losses, once.
 
         Raises
         ------
         SensitivityError
             When a coalition is missing, or what is stored does not follow from the losses.
         """
+        return self._estimate
+
+    @functools.cached_property
+    def _estimate(self) -> Estimate:
         losses = self.losses
         draws = list(self.draws)
         missing = [c for c in evaluation_order(self.design.estimator, draws, self.n_players) if c not in losses]

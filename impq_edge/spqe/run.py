@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from impq_edge.model.players import PlayerKind, players_of
 from impq_edge.spqe.cluster import Evaluator, RayEvaluator
 from impq_edge.spqe.estimate import Estimate, estimate
 from impq_edge.spqe.game import Prepared
-from impq_edge.spqe.journal import Journal
+from impq_edge.spqe.journal import Journal, to_text
 from impq_edge.spqe.profile import Design, GameSettings, SensitivityProfile, StoppedBy
 from impq_edge.spqe.sampling import Coalition, Draw, draws, draws_for, evaluation_order
 from impq_edge.spqe.stopping import Stability
@@ -28,9 +28,6 @@ COMPUTE_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 
 Answer = Callable[[Estimate], Hashable]
 """What an estimate is for: a run may stop once this has stopped changing."""
-
-Losses = Mapping[Coalition, NDArray[np.float64]]
-"""Coalition → loss of each window, (windows,), nats per token."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +54,7 @@ class Measured:
     evaluations: int  # made by this run, not counting those known before
     recomputed_share: float  # of the blocks, on average over this run's evaluations
     streamed_blocks: int  # blocks that waited in host memory, for want of GPU memory
+    journal_is_in_profile: bool
 
 
 def game_settings(
@@ -80,7 +78,7 @@ def estimate_sensitivity(
     design: Design,
     journal_path: Path,
     *,
-    known: Losses | None = None,
+    before: SensitivityProfile | None = None,
     limits: Limits | None = None,
     workers: Workers | None = None,
     progress: Progress = lambda *_: None,
@@ -88,7 +86,8 @@ def estimate_sensitivity(
     """Run SPQE: evaluate the coalitions of a design and estimate φ and C from their losses.
 
     Losses are appended to ``journal_path`` as they are measured; a second call with the same inputs
-    goes on where the first was stopped. ``known`` losses of the same game are not measured again. Where a run
+    goes on where the first was stopped. Losses of an earlier profile of the same game, ``before``, are kept and not
+    measured again; where they are all that is needed, the model is not even loaded. Where a run
     stops by stability depends on the losses alone, not on how many workers measured them.
 
     Raises
@@ -100,9 +99,10 @@ def estimate_sensitivity(
     deadline = None if limits.seconds is None else time.monotonic() + limits.seconds
     journal = Journal(journal_path, {"model": job.spec.content_sha256, **dataclasses.asdict(job.settings)})
     workers = workers or Workers()
-    losses = {**(known or {}), **journal.losses}
+    known = before.window_losses if before else {}
+    losses = {**known, **journal.losses}
     run = _Run(job, design, losses, journal, limits.answer, deadline, max(1, workers.count), progress)
-    with _table(job, workers, progress) as (evaluator, prepared, streamed):
+    with _table(job, workers, before if run.is_known else None, progress) as (evaluator, prepared, streamed):
         found, stopped_by = run.play(evaluator)
         evaluations, share = evaluator.evaluations, evaluator.recomputed_share
     profile = SensitivityProfile.from_losses(
@@ -115,9 +115,11 @@ def estimate_sensitivity(
         reference_losses=prepared.reference_losses,
         draws=found,
         losses=run.losses,
-        also=known or {},
+        also=known,
     )
-    return Measured(profile, evaluations, share, streamed)
+    kept = {evaluation.coalition for evaluation in profile.evaluations}
+    in_profile = all(to_text(coalition) in kept for coalition in journal.losses)
+    return Measured(profile, evaluations, share, streamed, in_profile)
 
 
 def measure_coalitions(job: Job, coalitions: Sequence[Coalition], progress: Progress = lambda *_: None) -> list[float]:
@@ -127,8 +129,13 @@ def measure_coalitions(job: Job, coalitions: Sequence[Coalition], progress: Prog
 
 
 @contextlib.contextmanager
-def _table(job: Job, workers: Workers, progress: Progress) -> Iterator[tuple[Any, Prepared, int]]:
-    """Set the game up here, or on every worker."""
+def _table(
+    job: Job, workers: Workers, before: SensitivityProfile | None, progress: Progress
+) -> Iterator[tuple[Any, Prepared, int]]:
+    """Set the game up here, or on every worker; or nowhere, where ``before`` knows everything."""
+    if before is not None:
+        yield _Nobody(), Prepared(np.array(before.reference_losses), before.bits_per_weight), 0
+        return
     if not workers.count:
         table = set_table(job, progress)
         yield table, table.prepared, table.streamed_blocks
@@ -144,6 +151,17 @@ def _table(job: Job, workers: Workers, progress: Progress) -> Iterator[tuple[Any
 
 def _facts(table: Any) -> tuple[Prepared, int]:
     return table.prepared, table.streamed_blocks
+
+
+class _Nobody:
+    """Evaluates nothing, because nothing is left to be evaluated."""
+
+    evaluations = 0
+    recomputed_share = 0.0
+
+    def evaluate(self, coalitions: Sequence[Coalition]) -> Generator[tuple[Coalition, NDArray[np.float64]], None, None]:
+        assert not coalitions
+        yield from ()
 
 
 class _Run:
@@ -171,6 +189,11 @@ class _Run:
         count = draws_for(design.estimator, self._n_players, design.permutations)
         self._draws = draws(design.estimator, self._n_players, count, design.seed)
         self._total = len(self._order(self._draws))
+
+    @property
+    def is_known(self) -> bool:
+        """Whether every loss has been measured already."""
+        return not self._missing(self._draws)
 
     def play(self, evaluator: Evaluator) -> tuple[list[Draw], StoppedBy]:
         """Evaluate until all draws are done or a limit is reached; return the draws that count."""

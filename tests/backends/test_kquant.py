@@ -3,9 +3,10 @@ import numpy as np
 import pytest
 import torch
 
-from impq_edge.backends import BITS, NAMES, Inputs, describe, load_backend
+from impq_edge.backends import BITS, NAMES, Bits, Inputs, describe, load_backend
 from impq_edge.backends.kquant import TYPES
 from impq_edge.backends.kquant_decode import DECODED, decode
+from impq_edge.backends.kquant_gptq import encode_gptq
 from impq_edge.errors import BackendError, ConversionError
 from impq_edge.ggml.encode import encode
 from impq_edge.ggml.types import TensorType, type_for_row
@@ -61,7 +62,7 @@ def test_decoding_on_cuda_is_that_on_the_cpu(kind: TensorType) -> None:
 
 @pytest.mark.gpu
 def test_quantising_on_cuda_is_that_on_the_cpu(skewed: Inputs) -> None:
-    weight, backend = normal(64, 512), load_backend("kquant", importance=True)
+    weight, backend = normal(64, 512), load_backend("kquant", encode="imatrix")
     on_cuda = Inputs(skewed.tokens, skewed.mean_square.cuda(), None)
     for bits in BITS:
         stored = backend.quantise(weight.cuda(), bits, on_cuda)
@@ -82,9 +83,10 @@ def test_weights_are_those_of_the_file(columns: int, bits: int, kind: str) -> No
     assert stored.bits_per_weight == TensorType(kind).bits_per_weight
 
 
-def test_the_importance_matrix_is_asked_for_only_when_used() -> None:
-    assert load_backend("kquant").statistics == "none"
-    assert load_backend("kquant", importance=True).statistics == "squares"
+def test_only_what_is_used_of_the_inputs_is_asked_for() -> None:
+    assert load_backend("kquant").statistics == load_backend("kquant", encode="rtn").statistics == "none"
+    assert load_backend("kquant", encode="imatrix").statistics == "squares"
+    assert load_backend("kquant", encode="gptq").statistics == "hessian"
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -93,23 +95,43 @@ def test_importance_lowers_the_error_of_the_layers_output(skewed: Inputs, bits: 
     error = [
         (
             skewed.mean_square
-            * (load_backend("kquant", importance=on).quantise(weight, bits, skewed).weight - weight) ** 2
+            * (load_backend("kquant", encode=encoder).quantise(weight, bits, skewed).weight - weight) ** 2
         )
-        for on in (False, True)
+        for encoder in ("rtn", "imatrix")
     ]
     assert error[1].sum() < 0.9 * error[0].sum()
 
 
+@pytest.mark.parametrize(("columns", "bits", "kind"), ROWS)
+def test_gptq_takes_the_k_quants_and_ggml_the_rest(columns: int, bits: Bits, kind: str) -> None:
+    inputs = torch.randn(1000, columns, generator=torch.Generator().manual_seed(3)).cumsum(dim=1)
+    second = inputs.T @ inputs / 1000
+    weight, given = normal(8, columns), Inputs(1000, second.diagonal().clone(), second)
+    stored = load_backend("kquant", encode="gptq").quantise(weight, bits, given)
+    chosen = TensorType(kind)
+    if columns % 256 == 0:
+        expected = decode(encode_gptq(weight, second, chosen), chosen)
+    else:
+        expected = load_backend("kquant", encode="imatrix").quantise(weight, bits, given).weight
+    assert torch.equal(stored.weight, expected)
+    assert stored.bits_per_weight == chosen.bits_per_weight
+
+
 def test_inputs_of_another_matrix_are_refused(skewed: Inputs) -> None:
     with pytest.raises(ConversionError, match="rows of 256"):
-        load_backend("kquant", importance=True).quantise(normal(4, 256), 2, skewed)
+        load_backend("kquant", encode="imatrix").quantise(normal(4, 256), 2, skewed)
+    with pytest.raises(BackendError, match="rows of 256"):
+        other = Inputs(100, skewed.mean_square, skewed.mean_square.diag())
+        load_backend("kquant", encode="gptq").quantise(normal(4, 256), 2, other)
 
 
 def test_unknown_backend_and_setting() -> None:
     with pytest.raises(BackendError, match="'awq' is unknown; choose one of kquant, hqq"):
         load_backend("awq")
-    with pytest.raises(BackendError, match="'kquant' has no setting 'group-size'; it takes importance"):
+    with pytest.raises(BackendError, match="'kquant' has no setting 'group-size'; it takes encode"):
         load_backend("kquant", group_size=64)
+    with pytest.raises(BackendError, match="encoder 'awq' of K-quants is unknown; choose one of rtn, imatrix, gptq"):
+        load_backend("kquant", encode="awq")
 
 
 @pytest.mark.parametrize("name", NAMES)

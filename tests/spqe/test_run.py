@@ -29,10 +29,12 @@ from impq_edge.spqe.estimate import Estimate
 from impq_edge.spqe.journal import Journal
 from impq_edge.spqe.options import GameOptions
 from impq_edge.spqe.profile import Design, SensitivityProfile
-from impq_edge.spqe.run import Losses, game_settings
+from impq_edge.spqe.run import game_settings
 from impq_edge.spqe.sampling import ESTIMATORS, Coalition, Estimator, draws, draws_for, evaluation_order
 from impq_edge.spqe.stopping import order_answer
 from impq_edge.spqe.table import Job, Table, set_table
+
+Losses = dict[Coalition, NDArray[np.float64]]
 
 GAME = GameOptions(players="sublayers", permutations=4, tokens=64, window_tokens=32)
 N_PLAYERS = 6
@@ -310,7 +312,7 @@ def begun(play: Play, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"window_tokens": 16}, "window_tokens"),
         ({"players": "blocks"}, "players"),
         ({"backend": "hqq"}, "backend"),
-        ({"backend_settings": {"importance": True}}, "backend"),
+        ({"backend_settings": {"encode": "imatrix"}}, "backend"),
         ({"calibration": "a text of one's own"}, "text_sha256"),
         ({"model": "gemma2"}, "model"),
     ],
