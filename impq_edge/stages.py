@@ -12,9 +12,9 @@ from impq_edge.conversion.writer import Recipe, file_bytes, header_bytes, write_
 from impq_edge.data import data_path
 from impq_edge.devices.profile import DeviceProfile, KvType, load_device
 from impq_edge.errors import AllocationError, ConversionError, SensitivityError
-from impq_edge.ggml.types import TensorType
+from impq_edge.ggml.types import BLOCK_TYPES, TensorType
 from impq_edge.impq.allocate import Request, allocate_blocks, require_feasible
-from impq_edge.impq.allocation import BLOCK_TYPES, Allocation
+from impq_edge.impq.allocation import Allocation
 from impq_edge.model.calibration import Windows, read_windows
 from impq_edge.model.recipe import TensorTypes, data_bytes, fallbacks, require_no_fallback, tensor_types
 from impq_edge.model.source import DEMO, Source, fetch, find

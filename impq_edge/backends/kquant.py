@@ -10,14 +10,11 @@ from impq_edge.backends.kquant_decode import decode
 from impq_edge.backends.kquant_gptq import SOLVED, encode_gptq
 from impq_edge.errors import BackendError
 from impq_edge.ggml.encode import encode as encode_as_ggml
-from impq_edge.ggml.types import TensorType, type_for_row
+from impq_edge.ggml.types import BLOCK_TYPES, TensorType, type_for_row
 
 _STATISTICS: dict[str, Statistics] = {"rtn": "none", "imatrix": "squares", "gptq": "hessian"}
 ENCODERS = tuple(_STATISTICS)
 """How weights become bytes: ggml's encoder, the same with an importance matrix, GPTQ onto the same grids."""
-
-TYPES: dict[Bits, TensorType] = {2: TensorType.Q2_K, 4: TensorType.Q4_K}
-"""What "2 bit" and "4 bit" are in a GGUF: 2.625 and 4.5 bits per weight."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +46,7 @@ class KQuant:
         ConversionError, BackendError
             When the inputs are not finite, or not those of this matrix.
         """
-        kind = type_for_row(TYPES[bits], weight.shape[1])
+        kind = type_for_row(BLOCK_TYPES[bits], weight.shape[1])
         return Stored(decode(self._encoded(weight, kind, inputs), kind), kind.bits_per_weight)
 
     def _encoded(self, weight: torch.Tensor, kind: TensorType, inputs: Inputs | None) -> torch.Tensor:

@@ -65,6 +65,9 @@ _SMALL_BLOCK_FALLBACK = {
     TensorType.Q6_K: TensorType.Q8_0,
 }
 
+BLOCK_TYPES = {2: TensorType.Q2_K, 4: TensorType.Q4_K}
+"""What "2 bit" and "4 bit" are in a GGUF: 2.625 and 4.5 bits per weight."""
+
 
 def type_for_row(wanted: TensorType, row_length: int) -> TensorType:
     """Return ``wanted``, or what llama.cpp stores instead when the row is not a whole number of blocks."""

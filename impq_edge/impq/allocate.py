@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from impq_edge.devices.memory import resident_bytes, weight_budget_bytes
 from impq_edge.devices.profile import DeviceProfile, KvType
 from impq_edge.errors import AllocationError
-from impq_edge.ggml.types import TensorType
-from impq_edge.impq.allocation import BLOCK_TYPES, Allocation, average_bits
+from impq_edge.ggml.types import BLOCK_TYPES, TensorType
+from impq_edge.impq.allocation import Allocation, average_bits
 from impq_edge.impq.problem import Constraint, Problem, published_objective
 from impq_edge.impq.solve import solve
 from impq_edge.model.players import Player, PlayerKind, players_of

@@ -6,15 +6,12 @@ from typing import ClassVar
 
 from impq_edge.devices.profile import KvType
 from impq_edge.errors import AllocationError
-from impq_edge.ggml.types import TensorType
+from impq_edge.ggml.types import BLOCK_TYPES, TensorType
 from impq_edge.impq.problem import Problem
 from impq_edge.model.players import Player, PlayerKind, players_of
 from impq_edge.model.recipe import data_bytes, tensor_types
 from impq_edge.model.spec import ModelSpec
 from impq_edge.records import Record
-
-BLOCK_TYPES = {2: TensorType.Q2_K, 4: TensorType.Q4_K}
-"""What 2 and 4 bit are in the file: 2.625 and 4.5 bits per weight."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,9 @@ from impq_edge.data import data_path
 from impq_edge.devices.memory import MemoryPlan, memory_plan
 from impq_edge.devices.profile import DeviceProfile, KvType, load_device
 from impq_edge.errors import RecordError, ValidationError
+from impq_edge.ggml.types import BLOCK_TYPES
 from impq_edge.impq.allocate import Request
-from impq_edge.impq.allocation import BLOCK_TYPES, Allocation
+from impq_edge.impq.allocation import Allocation
 from impq_edge.model.players import players_of
 from impq_edge.model.recipe import tensor_types
 from impq_edge.model.source import DEMO, Source, find

@@ -5,8 +5,7 @@ import time
 
 import torch
 
-from impq_edge.ggml.types import TensorType
-from impq_edge.impq.allocation import BLOCK_TYPES
+from impq_edge.ggml.types import BLOCK_TYPES, TensorType
 from impq_edge.model.recipe import data_bytes, tensor_types
 from impq_edge.model.spec import ModelSpec
 from impq_edge.spqe.run import COMPUTE_DTYPES

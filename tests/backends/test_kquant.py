@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from impq_edge.backends import BITS, NAMES, Bits, Inputs, describe, load_backend
-from impq_edge.backends.kquant import TYPES
 from impq_edge.backends.kquant_decode import DECODED, decode
 from impq_edge.backends.kquant_gptq import encode_gptq
 from impq_edge.errors import BackendError, ConversionError
 from impq_edge.ggml.encode import encode
-from impq_edge.ggml.types import TensorType, type_for_row
+from impq_edge.ggml.types import BLOCK_TYPES, TensorType, type_for_row
 
 ROWS = [(512, 2, "q2_k"), (512, 4, "q4_k"), (576, 2, "q4_0"), (576, 4, "q5_0"), (40, 2, "f16")]
 
@@ -71,7 +70,7 @@ def test_quantising_on_cuda_is_that_on_the_cpu(skewed: Inputs) -> None:
 
 
 def test_every_type_a_row_may_fall_back_to_is_decoded() -> None:
-    assert {type_for_row(wanted, row) for wanted in TYPES.values() for row in range(1, 513)} == set(DECODED)
+    assert {type_for_row(wanted, row) for wanted in BLOCK_TYPES.values() for row in range(1, 513)} == set(DECODED)
 
 
 @pytest.mark.parametrize(("columns", "bits", "kind"), ROWS)
