@@ -16,6 +16,7 @@ from impq_edge.model.spec import ModelSpec, read_model
 
 MakeDevice = Callable[..., DeviceProfile]
 LOGGED_MIB = 0.0051  # half of the log's last decimal, and a little for its own rounding
+_SILENT = api.llama_log_callback(lambda *_: None)  # llama.cpp calls the last one set for as long as the process lives
 _CACHE_TYPES = {"f16": api.GGML_TYPE_F16, "q8_0": api.GGML_TYPE_Q8_0}
 
 
@@ -41,7 +42,7 @@ def buffers_mib(path: Path, device: DeviceProfile, outputs: int = 1) -> dict[str
         api.llama_free(context)
         api.llama_model_free(model)
     finally:
-        api.llama_log_set(api.llama_log_callback(lambda *_: None), ctypes.c_void_p(0))
+        api.llama_log_set(_SILENT, ctypes.c_void_p(0))
     found = re.findall(
         r"(\S+) (model|KV|compute|output) buffer size = +([\d.]+) MiB", re.sub(r"  +", " ", "".join(lines))
     )
