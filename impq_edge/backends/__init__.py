@@ -95,7 +95,8 @@ def load_backend(name: str, **settings: Any) -> Backend:
                 f"Backend {name!r} has no setting {setting.replace('_', '-')!r}; it takes "
                 f"{', '.join(k.replace('_', '-') for k in known) or 'none'}."
             )
-        if type(value) is not known[setting]:
+        fits = type(value) is known[setting] or (known[setting] is float and type(value) is int)
+        if not fits:
             raise BackendError(
                 f"Backend {name!r} takes {setting.replace('_', '-')} as {getattr(known[setting], '__name__', '?')}, "
                 f"not {value!r}."
