@@ -24,10 +24,7 @@ from impq_edge.spqe.estimate import Estimate
 from impq_edge.spqe.options import GameOptions, stability_answer
 from impq_edge.spqe.profile import Design, SensitivityProfile
 from impq_edge.spqe.run import Limits, Measured, Workers, estimate_sensitivity, game_settings
-from impq_edge.spqe.table import Job
-
-Progress = Callable[[str, int, int], None]
-"""Told the name of a phase, what is done and what there is in all; the unit is the phase's own."""
+from impq_edge.spqe.table import Job, Progress
 
 _MIB = 2**20
 

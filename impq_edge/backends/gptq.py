@@ -28,6 +28,7 @@ class Gptq:
     """
 
     LIBRARY: ClassVar[str] = "gptqmodel"
+    statistics: ClassVar[Statistics] = "hessian"
 
     group_size: int = 128
     damp_percent: float = 0.05  # of the Hessian's mean diagonal, added to the diagonal
@@ -39,11 +40,6 @@ class Gptq:
             raise BackendError(f"GPTQ's group size {self.group_size} is not one of {', '.join(map(str, GROUP_SIZES))}.")
         if not 0 < self.damp_percent < 1:
             raise BackendError(f"GPTQ's damp-percent {self.damp_percent} is not between 0 and 1; the usual is 0.05.")
-
-    @property
-    def statistics(self) -> Statistics:
-        """The whole second moment of the inputs."""
-        return "hessian"
 
     def quantise(self, weight: torch.Tensor, bits: Bits, inputs: Inputs | None = None) -> Stored:
         """Quantise and dequantise; ``weight`` is (out, in), groups run along the row, a last one may be shorter.

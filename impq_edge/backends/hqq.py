@@ -19,6 +19,7 @@ class Hqq:
     """
 
     LIBRARY: ClassVar[str] = "hqq"
+    statistics: ClassVar[Statistics] = "none"  # weights alone
 
     group_size: int = 64
     axis: int = 1  # 1: groups run along a row; 0: the matrix, read row by row, is cut into group_size equal pieces
@@ -28,11 +29,6 @@ class Hqq:
             raise BackendError(f"HQQ's group size is {self.group_size}; choose a positive multiple of 8.")
         if self.axis not in {0, 1}:
             raise BackendError(f"HQQ's axis is {self.axis}; choose 0 or 1.")
-
-    @property
-    def statistics(self) -> Statistics:
-        """HQQ looks at weights alone."""
-        return "none"
 
     def quantise(self, weight: torch.Tensor, bits: Bits, inputs: Inputs | None = None) -> Stored:  # noqa: ARG002
         """Quantise and dequantise ``weight`` (out, in).

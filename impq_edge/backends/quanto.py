@@ -27,6 +27,7 @@ class Quanto:
     """
 
     LIBRARY: ClassVar[str] = "optimum-quanto"
+    statistics: ClassVar[Statistics] = "none"  # weights alone
 
     group_size: int = 128
     dtype: str = "float32"
@@ -36,11 +37,6 @@ class Quanto:
             raise BackendError(f"Quanto's group size is {self.group_size}; choose a positive number.")
         if self.dtype not in _DTYPES:
             raise BackendError(f"Quanto's dtype is {self.dtype!r}; choose one of {', '.join(_DTYPES)}.")
-
-    @property
-    def statistics(self) -> Statistics:
-        """Quanto looks at weights alone."""
-        return "none"
 
     def quantise(self, weight: torch.Tensor, bits: Bits, inputs: Inputs | None = None) -> Stored:  # noqa: ARG002
         """Quantise and dequantise ``weight`` (out, in); a group runs along a row.

@@ -13,7 +13,7 @@ from impq_edge.errors import AllocationError
 from impq_edge.ggml.types import BLOCK_TYPES, TensorType
 from impq_edge.impq.allocation import Allocation, average_bits
 from impq_edge.impq.problem import Constraint, Problem, published_objective
-from impq_edge.impq.solve import solve
+from impq_edge.impq.solve import Solution, solve
 from impq_edge.model.players import Player, PlayerKind, players_of
 from impq_edge.model.recipe import data_bytes, tensor_types
 from impq_edge.model.spec import ModelSpec
@@ -61,12 +61,8 @@ def allocate_blocks(
         works), or a setting is out of range.
     """
     sizes, constraints = _feasible(spec, header_bytes, request, players)
-    linear, quadratic = published_objective(phi, covariance, request.alpha)
-    problem = Problem(tuple(linear.tolist()), tuple(map(tuple, quadratic.tolist())), constraints)
-    demoted: tuple[int, ...] = (0,) * len(phi)
-    solution = None if problem.is_feasible(demoted) else solve(problem)
-    demoted = solution.demoted if solution else demoted
-    bits = tuple(2 if q else 4 for q in demoted)
+    problem, solution, demoted = _solved(phi, covariance, request.alpha, constraints)
+    bits = _bits(demoted)
     types = sizes.types(bits)
     file_bytes = header_bytes + data_bytes(spec, types)
     return Allocation(
@@ -101,11 +97,24 @@ def bits_at(
     alpha: float = 0.5,
 ) -> tuple[int, ...]:
     """Return the bits of the N players in IMPQ's answer to a limit on average bits alone, without a device."""
+    *_, demoted = _solved(phi, covariance, alpha, (_average_bits_constraint(players, target),))
+    return _bits(demoted)
+
+
+def _solved(
+    phi: NDArray[np.float64], covariance: NDArray[np.float64], alpha: float, constraints: tuple[Constraint, ...]
+) -> tuple[Problem, Solution | None, tuple[int, ...]]:
+    """Return the program, what proves the answer (None where everything fits at 4 bit), and the answer q."""
     linear, quadratic = published_objective(phi, covariance, alpha)
-    constraint = _average_bits_constraint(players, target)
-    problem = Problem(tuple(linear.tolist()), tuple(map(tuple, quadratic.tolist())), (constraint,))
-    everything = (0,) * len(players)
-    demoted = everything if problem.is_feasible(everything) else solve(problem).demoted
+    problem = Problem(tuple(linear.tolist()), tuple(map(tuple, quadratic.tolist())), constraints)
+    nobody = (0,) * len(phi)
+    if problem.is_feasible(nobody):
+        return problem, None, nobody
+    solution = solve(problem)
+    return problem, solution, solution.demoted
+
+
+def _bits(demoted: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(2 if q else 4 for q in demoted)
 
 

@@ -30,7 +30,7 @@ from impq_edge.spqe.options import DEFAULT_WINDOW_TOKENS, GameOptions
 from impq_edge.spqe.profile import SensitivityProfile
 from impq_edge.spqe.run import COMPUTE_DTYPES, measure_coalitions
 from impq_edge.spqe.sampling import Coalition, uniform
-from impq_edge.spqe.table import Job
+from impq_edge.spqe.table import Job, Progress
 from impq_edge.stages import (
     allocate,
     allocation_request,
@@ -47,7 +47,6 @@ from impq_edge.stages import (
 from impq_edge.validation.report import ValidationReport
 from impq_edge.validation.validate import DEFAULT_WINDOWS, FILL_S, MIN_CONTEXT_TOKENS, request_sha256, validate
 
-Progress = Callable[[str, int, int], None]
 Say = Callable[[str], None]
 """Told a sentence a person should read now."""
 

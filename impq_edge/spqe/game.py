@@ -76,7 +76,7 @@ class Game:
         self._matrices = [spec.block_matrices(block) for block in range(spec.n_blocks)]
         owner = {tensor.name: index for index, player in enumerate(self.players) for tensor in player.tensors}
         self._owners = [[owner[tensor.name] for tensor in matrices] for matrices in self._matrices]
-        self._versions = Versions(spec.n_blocks, self.device)
+        self._versions: Versions  # made by prepare
         self._graphs: Graphs | None = None
         self._base: _Trace | None = None
         self._last: _Trace | None = None

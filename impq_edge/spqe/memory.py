@@ -8,12 +8,12 @@ from impq_edge.backends import BITS, Statistics
 from impq_edge.errors import SensitivityError
 from impq_edge.model.spec import ModelSpec
 from impq_edge.spqe.game import LOGITS_PER_CHUNK
+from impq_edge.spqe.versions import PLACES
 
 _QUANTISER_COPIES = 8  # float32 copies of the largest matrix that HQQ's optimiser holds at once, generously
 _HESSIAN_COPIES = 5  # GPTQ: the moment, its damped copy, Cholesky factor, inverse and that one's factor
 _LOGITS_BYTES = 4 * 3 * LOGITS_PER_CHUNK  # in float32, their softmax and the head's own output
 _TRACES = 2  # activations kept for reuse: of the coalition evaluated last, and of all-4-bit
-_STREAMING_PLACES = 2
 _MIB = 2**20
 
 
@@ -61,15 +61,15 @@ def place(
     left = free_bytes - outside_bytes - max(quantising, _LOGITS_BYTES + traces) - working
     if (n_blocks * len(BITS) + 1) * block_bytes <= left:  # a block's own weights lie beside its versions for a while
         return Placement(False, n_blocks)
-    resident = (left - _STREAMING_PLACES * block_bytes) // (len(BITS) * block_bytes)
+    resident = (left - PLACES * block_bytes) // (len(BITS) * block_bytes)
     if resident < 0:
-        needed = free_bytes - left + _STREAMING_PLACES * block_bytes
+        needed = free_bytes - left + PLACES * block_bytes
         raise SensitivityError(
             f"The GPU has {free_bytes // _MIB} MiB free, but {spec.name} needs {needed // _MIB} MiB even with all its "
             f"blocks in host memory; ask for fewer --tokens than {windows * window_tokens}, or use --compute cpu."
         )
     # While blocks are made one after another, those still to come lie on the GPU beside those made.
-    beside = len(BITS) + _STREAMING_PLACES
+    beside = len(BITS) + PLACES
     return Placement((n_blocks + beside) * block_bytes > left, int(resident))
 
 

@@ -20,7 +20,7 @@ from impq_edge.spqe.profile import GameSettings
 from impq_edge.spqe.sampling import Coalition, uniform
 
 Progress = Callable[[str, int, int], None]
-"""Told the name of a phase, the steps done and the steps in all."""
+"""Told the name of a phase, what is done and what there is in all; the unit is the phase's own."""
 
 
 @dataclasses.dataclass(frozen=True)

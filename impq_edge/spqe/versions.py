@@ -12,7 +12,7 @@ import torch
 
 from impq_edge.backends import BITS, Bits
 
-_PLACES = 2  # one is read by the block that runs, one is written for the next
+PLACES = 2  # on the device, for blocks that wait in host memory: one is read while the other is written
 
 
 class Versions:
@@ -50,8 +50,8 @@ class Versions:
         if index < self._first_resident:
             stored = [{bits: _pinned(tensor) for bits, tensor in both.items()} for both in stored]
             if not self._places:
-                self._places = [[torch.empty_like(b[4], device=self._device) for b in stored] for _ in range(_PLACES)]
-                self._free = [torch.cuda.Event() for _ in range(_PLACES)]  # type: ignore[no-untyped-call]
+                self._places = [[torch.empty_like(b[4], device=self._device) for b in stored] for _ in range(PLACES)]
+                self._free = [torch.cuda.Event() for _ in range(PLACES)]  # type: ignore[no-untyped-call]
         parameters = [layer.get_parameter(name) for name in names]
         self._blocks.append((layer, parameters, list(stored)))
         self._point(index, [both[BITS[0]] for both in stored])
@@ -79,7 +79,7 @@ class Versions:
 
     def _copied(self, index: int, bits: tuple[Bits, ...]) -> tuple[int, Any]:
         """Start copying a block's matrices to a place; return the place and the event of the copy's end."""
-        place = index % _PLACES
+        place = index % PLACES
         with torch.cuda.stream(self._stream):
             self._stream.wait_event(self._free[place])
             for target, both, b in zip(self._places[place], self._blocks[index][2], bits, strict=True):
