@@ -33,7 +33,7 @@ class Stability:
     def add(self, answer: Hashable) -> bool:
         """Take the answer after one more round; return whether it has stopped changing."""
         self._answers.append(answer)
-        window = max(MINIMUM_ROUNDS, -(-len(self._answers) // 4))
+        window = max(MINIMUM_ROUNDS, len(self._answers) // 4)
         return len(self._answers) > window and all(_same(old, answer) for old in self._answers[-window - 1 : -1])
 
 

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from impq_edge.spqe.estimate import Estimate, estimate
@@ -23,6 +23,7 @@ def stops_after(noise: float, seed: int, spacing: float = 1.0) -> int | None:
     return None
 
 
+@example([0] * 12 + [1] * 5)
 @given(st.lists(st.integers(0, 2), max_size=40))
 def test_an_answer_is_stable_once_it_has_outlived_a_quarter_of_the_rounds(answers: list[int]) -> None:
     stability = Stability()
