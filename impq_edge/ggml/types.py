@@ -68,6 +68,16 @@ _SMALL_BLOCK_FALLBACK = {
 BLOCK_TYPES = {2: TensorType.Q2_K, 4: TensorType.Q4_K}
 """What "2 bit" and "4 bit" are in a GGUF: 2.625 and 4.5 bits per weight."""
 
+LADDER = {
+    2: TensorType.Q2_K,
+    3: TensorType.Q3_K,
+    4: TensorType.Q4_K,
+    5: TensorType.Q5_K,
+    6: TensorType.Q6_K,
+    8: TensorType.Q8_0,
+}
+"""Every width that a player may be given, and what it is in a GGUF."""
+
 
 def type_for_row(wanted: TensorType, row_length: int) -> TensorType:
     """Return ``wanted``, or what llama.cpp stores instead when the row is not a whole number of blocks."""

@@ -31,7 +31,7 @@ class Fallback:
 
 
 def tensor_types(
-    spec: ModelSpec, kinds: Sequence[TensorType], outer: TensorType, players: PlayerKind = "blocks"
+    spec: ModelSpec, kinds: Sequence[TensorType], outer: TensorType | None, players: PlayerKind = "blocks"
 ) -> dict[str, TensorType]:
     """Return the type of every tensor, by GGUF name, in the order of ``spec.tensors``.
 
@@ -42,7 +42,7 @@ def tensor_types(
     kinds
         The type asked for the matrices of each of the N players, (N,).
     outer
-        The type asked for the embedding and the head.
+        The type asked for the embedding and the head; None where they are the last players.
     players
         What a player is.
 
@@ -96,10 +96,14 @@ def padded(size_bytes: int) -> int:
 
 
 def _wanted(
-    spec: ModelSpec, kinds: Sequence[TensorType], outer: TensorType, players: PlayerKind
+    spec: ModelSpec, kinds: Sequence[TensorType], outer: TensorType | None, players: PlayerKind
 ) -> dict[TensorSpec, TensorType]:
-    who = players_of(spec, players)
-    in_blocks = {tensor: kind for player, kind in zip(who, kinds, strict=True) for tensor in player.tensors}
-    return {
-        tensor: TensorType.F32 if tensor.role == "vector" else in_blocks.get(tensor, outer) for tensor in spec.tensors
-    }
+    who = players_of(spec, players, outer=outer is None)
+    wanted = {tensor: kind for player, kind in zip(who, kinds, strict=True) for tensor in player.tensors}
+    for tensor in spec.tensors:
+        if tensor.role == "vector":
+            wanted[tensor] = TensorType.F32
+        elif tensor not in wanted:
+            assert outer is not None
+            wanted[tensor] = outer
+    return {tensor: wanted[tensor] for tensor in spec.tensors}

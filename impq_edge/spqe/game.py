@@ -190,7 +190,7 @@ class Game:
         """Return how many of the lowest blocks two coalitions have in common."""
         for player, a, b in zip(self.players, one, other, strict=False):
             if a != b:
-                return player.block
+                return player.block or 0
         return self.spec.n_blocks if other else 0
 
     def _replay(self, layer: torch.nn.Module, index: int, bits: tuple[Bits, ...], hidden: torch.Tensor) -> torch.Tensor:
