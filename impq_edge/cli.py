@@ -4,10 +4,13 @@ Exit codes: 0 done · 1 a check failed · 2 options that do not parse · 3 bad i
 130 interrupted.
 """
 
+import functools
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from fractions import Fraction
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,8 +27,11 @@ from impq_edge.errors import (
 
 if TYPE_CHECKING:
     from impq_edge.devices.profile import DeviceProfile
+    from impq_edge.spqe.ladder import LadderProfile
     from impq_edge.spqe.options import GameOptions
+    from impq_edge.spqe.profile import SensitivityProfile
     from impq_edge.validation.doctor import DoctorReport
+    from impq_edge.validation.inspection import Inspection
     from impq_edge.validation.report import ValidationReport
 
 _EPILOG = "Exit codes: 0 done, 1 a check failed, 2 bad options, 3 bad input, 130 interrupted."
@@ -59,7 +65,7 @@ DampPercent = Annotated[float | None, typer.Option(help="Damping of gptq's Hessi
 Sym = Annotated[bool | None, typer.Option("--sym/--no-sym", help="Symmetric codes (gptq); the library's default.")]
 Encode = Annotated[
     Literal["rtn", "imatrix", "gptq"] | None,
-    typer.Option(help="How kquant encodes: as ggml, with an importance matrix, or by GPTQ onto its grids; rtn."),
+    typer.Option(help="How K-quants are encoded: as ggml does, with an importance matrix, or by GPTQ; DEFAULT."),
 ]
 Players = Annotated[
     Literal["blocks", "sublayers", "tensors"], typer.Option(help="What drops to 2 bit together; the paper: blocks.")
@@ -69,7 +75,12 @@ Estimator = Annotated[
     typer.Option(help="Which coalitions: independent walks (the paper), walks and their reverse, complement pairs."),
 ]
 Permutations = Annotated[
-    int, typer.Option(min=1, help="Walks from all-4-bit to all-2-bit, or as many evaluations; the paper: 100.")
+    int | None,
+    typer.Option(
+        min=0,
+        help="Walks from all-4-bit to all-2-bit, or as many evaluations: 8 by default, 100 in the paper; "
+        "none by default with other --types than 2,4.",
+    ),
 ]
 UntilStable = Annotated[
     str | None,
@@ -84,6 +95,17 @@ Workers = Annotated[
     int, typer.Option(min=0, help="Processes that play the game, one GPU each; needs impq-edge[cluster]. 0: this one.")
 ]
 RayAddress = Annotated[str | None, typer.Option(help="`host:port` of a running Ray cluster, for several machines.")]
+Types = Annotated[
+    str,
+    typer.Option(
+        metavar="BITS",
+        help="Widths to choose from, such as `2,3,4,5,6,8`; the paper: `2,4`. With others, each is measured one player "
+        "at a time, and embedding and head are players too.",
+    ),
+]
+CalibrationTokens = Annotated[
+    int, typer.Option(min=1, help="Tokens of the calibration text that encoders see (imatrix, gptq).")
+]
 Tokens = Annotated[int, typer.Option(min=1, help="Calibration tokens per evaluation, in windows of 512.")]
 Calibration = Annotated[Path | None, typer.Option(help="Calibration text, UTF-8; a short one ships.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the draws.")]
@@ -97,6 +119,63 @@ AllowFallback = Annotated[bool, typer.Option(help="Build although some rows hold
 Text = Annotated[Path | None, typer.Option(help="Evaluation text, UTF-8; a short one ships.")]
 Windows = Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to score.")]
 Compute = Annotated[Literal["cuda", "cpu"] | None, typer.Option(help="Where the game runs; CUDA when there is one.")]
+
+
+def _game_options(
+    backend: Backend = "kquant",
+    group_size: GroupSize = None,
+    axis: Axis = None,
+    damp_percent: DampPercent = None,
+    sym: Sym = None,
+    encode: Encode = None,
+    players: Players = "blocks",
+    types: Types = "2,4",
+    estimator: Estimator = "permutations",
+    permutations: Permutations = None,
+    until_stable: UntilStable = None,
+    time_limit: TimeLimit = None,
+    tokens: Tokens = 4096,
+    calibration: Calibration = None,
+    calibration_tokens: CalibrationTokens = 16384,
+    seed: Seed = 0,
+    compute: Compute = None,
+    workers: Workers = 0,
+    ray_address: RayAddress = None,
+) -> "GameOptions":
+    """How sensitivity is measured: the options of every command that measures it."""
+    from impq_edge.spqe.options import GameOptions
+
+    settings: dict[str, Any] = {"group_size": group_size, "axis": axis, "damp_percent": damp_percent, "sym": sym}
+    if backend == "kquant":
+        settings["encode"] = encode
+    return GameOptions(
+        backend=backend, backend_settings={key: value for key, value in settings.items() if value is not None},
+        players=players, types=_types(types), estimator=estimator, permutations=permutations,
+        until_stable=until_stable, time_limit_s=_seconds(time_limit), tokens=tokens, calibration=calibration,
+        calibration_tokens=calibration_tokens, seed=seed, compute=compute, workers=workers, ray_address=ray_address,
+    )  # fmt: skip
+
+
+def _with_game_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of :func:`_game_options`, and their result as its argument ``game``.
+
+    Typer reads options off signatures, and has no other way to share them.
+    """
+    shared = signature(_game_options).parameters
+    own = [p for p in signature(command).parameters.values() if p.name != "game"]
+    takes = {p.name for p in own}
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        game = _game_options(**{name: given[name] for name in shared})
+        command(game=game, **{name: value for name, value in given.items() if name in takes})
+
+    both = {p.name: p for p in [*own, *shared.values()]}
+    ordered = sorted(both.values(), key=lambda p: p.default is not Parameter.empty)
+    run.__signature__ = Signature(ordered)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in ordered}
+    del run.__wrapped__
+    return run
 
 
 @devices_app.callback(invoke_without_command=True)
@@ -130,68 +209,34 @@ def show_device(name: Annotated[str, typer.Argument(help="Name or TOML file.")],
 
 
 @app.command(epilog=_EPILOG)
+@_with_game_options
 def profile(
     out: Annotated[Path, typer.Option("--out", "-o", help="The profile to write.")],
+    game: "GameOptions",
     model: Model = "demo",
-    backend: Backend = "kquant",
-    group_size: GroupSize = None,
-    axis: Axis = None,
-    damp_percent: DampPercent = None,
-    sym: Sym = None,
-    encode: Encode = None,
-    players: Players = "blocks",
-    estimator: Estimator = "permutations",
-    permutations: Permutations = 8,
-    until_stable: UntilStable = None,
-    time_limit: TimeLimit = None,
-    tokens: Tokens = 4096,
-    calibration: Calibration = None,
-    seed: Seed = 0,
-    compute: Compute = None,
-    workers: Workers = 0,
-    ray_address: RayAddress = None,
     revision: Revision = None,
     allow_fallback: AllowFallback = False,
     as_json: Json = False,
 ) -> None:
-    """Estimate how much each player suffers at 2 bit (SPQE). A killed run goes on where it stopped.
+    """Measure how much each player suffers in fewer bits (SPQE, or a ladder). A killed run goes on where it stopped.
 
     Example: `impq-edge profile --model meta-llama/Llama-3.2-1B --permutations 100 -o llama.json`
+
+    Example: `impq-edge profile --model meta-llama/Llama-3.2-1B --types 2,3,4,5,6,8 --players tensors -o llama.json`
     """
     from impq_edge import stages
-    from impq_edge.model.players import players_of
 
-    game = _game_options(
-        backend=backend, group_size=group_size, axis=axis, damp_percent=damp_percent, sym=sym,
-        encode=encode,
-        players=players, estimator=estimator, permutations=permutations, until_stable=until_stable,
-        time_limit=time_limit, tokens=tokens, calibration=calibration, seed=seed, compute=compute,
-        workers=workers, ray_address=ray_address,
-    )  # fmt: skip
+    measure = stages.ladder if game.is_ladder else stages.profile
     with console.progress() as advance:
-        made = stages.profile(
+        made: Any = measure(
             model, out=out, game=game, revision=revision, allow_fallback=allow_fallback, say=console.say,
             progress=advance,
         )  # fmt: skip
-    names = [player.name for player in players_of(made.model, game.players)]
-    if as_json:
-        console.show_json(
-            {
-                "profile": str(out),
-                "sha256": made.identity(),
-                "players": names,
-                "phi": made.phi,
-                "phi_stderr": made.phi_stderr,
-                "evaluations": len(made.evaluations),
-                "stopped_by": made.stopped_by,
-            }
-        )
-        return
-    rows = [
-        [name, f"{phi:+.5f}", f"{error:.5f}"] for name, phi, error in zip(names, made.phi, made.phi_stderr, strict=True)
-    ]
-    console.show_table(f"Loss increase at 2 bit, {made.model.name}", ["player", "φ, nats/token", "± s.e."], rows)
-    console.show_line(f"{len(made.evaluations)} evaluations, stopped by {made.stopped_by}")
+    shown = {"profile": str(out), "sha256": made.identity(), "players": [player.name for player in made.who]}
+    if game.is_ladder:
+        _show_ladder(made, shown, as_json)
+    else:
+        _show_profile(made, shown, as_json)
 
 
 @app.command(epilog=_EPILOG)
@@ -205,9 +250,12 @@ def allocate(
     average_bits: AverageBits = None,
     alpha: Alpha = 0.5,
     head_type: HeadType = "q6_k",
+    types: Annotated[
+        str | None, typer.Option(metavar="BITS", help="Widths to choose from; by default all that were measured.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Choose which blocks get 4 bit within a device's memory (IMPQ), proven optimal for the profile.
+    """Choose every player's bits within a device's memory (IMPQ), proven optimal for the profile.
 
     Example: `impq-edge allocate llama.json --device raspberry-pi-5 --context 8192 -o llama-pi5.json`
     """
@@ -215,7 +263,8 @@ def allocate(
 
     made = stages.allocate(
         stages.load_profile(profile), device=device, context_tokens=context, kv_type=kv_type,
-        budget_bytes=_bytes(budget), average_bits=_fraction(average_bits), alpha=alpha, outer_type=head_type, out=out,
+        budget_bytes=_bytes(budget), average_bits=_fraction(average_bits), alpha=alpha, outer_type=head_type,
+        types=None if types is None else _types(types), out=out,
     )  # fmt: skip
     if as_json:
         console.show_json(made.to_json())
@@ -224,7 +273,7 @@ def allocate(
     console.show_line(
         f"{made.average_bits:.3f} bits on average, {made.predicted_file_bytes:,} of {made.budget_bytes:,} bytes, "
         + (
-            "everything fits at 4 bit"
+            f"everything fits at {made.types[-1]} bit"
             if made.everything_fits
             else f"objective {made.objective:.6g} nats/token, optimal"
         )
@@ -243,9 +292,19 @@ def convert(
         Literal["q6_k", "q8_0", "q4_k", "f16"] | None,
         typer.Option(help="Type of embedding and head, q6_k by default; an allocation has its own."),
     ] = None,
+    encode: Encode = None,
+    imatrix: Annotated[
+        Path | None, typer.Option(help="llama.cpp's importance matrix, in place of a calibration text.")
+    ] = None,
+    calibration: Calibration = None,
+    calibration_tokens: CalibrationTokens = 16384,
+    compute: Compute = None,
     revision: Revision = None,
     allow_fallback: AllowFallback = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of the encoder; all cores.")] = None,
+    shard_size: Annotated[
+        str | None, typer.Option(help="Write files of at most that size, such as `2GiB`, as llama.cpp splits them.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write one GGUF straight from safetensors.
@@ -253,16 +312,52 @@ def convert(
     Example: `impq-edge convert --allocation llama-pi5.json --model meta-llama/Llama-3.2-1B -o llama.gguf`
     """
     from impq_edge import stages
+    from impq_edge.conversion.encoder import EncodeOptions
 
+    options = EncodeOptions(
+        encode=encode, calibration=calibration, calibration_tokens=calibration_tokens, compute=compute, imatrix=imatrix
+    )
     with console.progress() as advance:
         made = stages.convert(
-            model, out=out, allocation=allocation, type=type, outer_type=head_type, revision=revision,
-            allow_fallback=allow_fallback, threads=threads, progress=advance,
+            model, out=out, allocation=allocation, type=type, outer_type=head_type, encode=options, revision=revision,
+            allow_fallback=allow_fallback, threads=threads, shard_bytes=_bytes(shard_size, "--shard-size"),
+            say=console.say, progress=advance,
         )  # fmt: skip
     if as_json:
-        console.show_json({**made.to_json(), "artifact": str(out)})
+        console.show_json({**made.to_json(), "artifact": str(out.with_name(made.artifact))})
         return
-    console.show_line(f"{out}: {made.file_bytes:,} bytes, {made.bits_per_weight:.2f} bits/weight, sha256 {made.sha256}")
+    console.show_line(
+        f"{out.with_name(made.artifact)}: {made.file_bytes:,} bytes, {made.bits_per_weight:.2f} bits/weight, "
+        f"sha256 {made.sha256}"
+    )
+
+
+@app.command(epilog=_EPILOG)
+def imatrix(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The GGUF to write.")],
+    model: Model = "demo",
+    calibration: Calibration = None,
+    calibration_tokens: CalibrationTokens = 16384,
+    compute: Compute = None,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Write llama.cpp's importance matrix, for `llama-quantize --imatrix` or `impq-edge convert --imatrix`.
+
+    Example: `impq-edge imatrix --model Qwen/Qwen3-0.6B --calibration wiki.txt -o qwen3.imatrix.gguf`
+    """
+    from impq_edge import stages
+
+    with console.progress() as advance:
+        made = stages.imatrix(
+            model, out=out, calibration=calibration, calibration_tokens=calibration_tokens, compute=compute,
+            revision=revision, progress=advance,
+        )  # fmt: skip
+    told = {"imatrix": str(out), "tensors": len(made.sums), "windows": made.chunk_count, "datasets": made.datasets}
+    if as_json:
+        console.show_json(told)
+        return
+    console.show_line(f"{out}: {len(made.sums)} tensors, {made.chunk_count} windows of {made.chunk_tokens} tokens")
 
 
 @app.command(epilog=_EPILOG)
@@ -270,6 +365,9 @@ def validate(
     file: Annotated[Path, typer.Argument(help="A GGUF.")],
     device: Annotated[str | None, typer.Option(help="A device's name or TOML file: its limits are checked.")] = None,
     text: Text = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="The F16 GGUF of the same model: how far this file's predictions are from its.")
+    ] = None,
     windows: Windows = 24,
     context: Context = None,
     kv_type: KvType = None,
@@ -278,14 +376,14 @@ def validate(
 ) -> None:
     """Load a GGUF in llama.cpp, measure it, and check it against a device. Exit code 0 only if all checks hold.
 
-    Example: `impq-edge validate llama.gguf --device raspberry-pi-5`
+    Example: `impq-edge validate llama.gguf --device raspberry-pi-5 --reference llama-f16.gguf`
     """
     from impq_edge.devices.profile import load_device
     from impq_edge.validation.validate import validate as run
 
     with console.progress() as advance:
         report = run(
-            file, device=load_device(device) if device else None, text=text, windows=windows,
+            file, device=load_device(device) if device else None, text=text, reference=reference, windows=windows,
             context_tokens=context, kv_type=kv_type, progress=advance,
         )  # fmt: skip
     if out is not None:
@@ -298,29 +396,32 @@ def validate(
         raise typer.Exit(EXIT_CHECK_FAILED)
 
 
+@app.command("inspect", epilog=_EPILOG)
+def inspect_file(
+    file: Annotated[Path, typer.Argument(help="A GGUF, or its first piece.")], as_json: Json = False
+) -> None:
+    """Say what a GGUF is and what its tensors are stored in, from its header alone.
+
+    Example: `impq-edge inspect llama.gguf`
+    """
+    from impq_edge.validation.inspection import inspect as read
+
+    found = read(file)
+    if as_json:
+        console.show_json(found.to_json())
+    else:
+        _show_inspection(found)
+
+
 @app.command(epilog=_EPILOG)
+@_with_game_options
 def build(
     device: Device,
+    game: "GameOptions",
     out: Annotated[Path, typer.Option("--out", "-o", help="Directory of this build; an unfinished one is resumed.")],
+    encode: Encode = None,
     model: Model = "demo",
     revision: Revision = None,
-    backend: Backend = "kquant",
-    group_size: GroupSize = None,
-    axis: Axis = None,
-    damp_percent: DampPercent = None,
-    sym: Sym = None,
-    encode: Encode = None,
-    players: Players = "blocks",
-    estimator: Estimator = "permutations",
-    permutations: Permutations = 8,
-    until_stable: UntilStable = None,
-    time_limit: TimeLimit = None,
-    tokens: Tokens = 4096,
-    calibration: Calibration = None,
-    seed: Seed = 0,
-    compute: Compute = None,
-    workers: Workers = 0,
-    ray_address: RayAddress = None,
     profile: Annotated[
         str | None,
         typer.Option(help="A finished sensitivity profile, file or shipped name; the game's options are then unused."),
@@ -344,16 +445,9 @@ def build(
     """
     from impq_edge.releases import build as pipeline
 
-    game = _game_options(
-        backend=backend, group_size=group_size, axis=axis, damp_percent=damp_percent, sym=sym,
-        encode=encode,
-        players=players, estimator=estimator, permutations=permutations, until_stable=until_stable,
-        time_limit=time_limit, tokens=tokens, calibration=calibration, seed=seed, compute=compute,
-        workers=workers, ray_address=ray_address,
-    )  # fmt: skip
     with console.progress() as advance:
         made = pipeline.build(
-            device, out=out, model=model, revision=revision, game=game,
+            device, out=out, model=model, revision=revision, game=game, encode=encode,
             sensitivity=Path(profile) if profile else None, context_tokens=context, kv_type=kv_type,
             budget_bytes=_bytes(budget), average_bits=_fraction(average_bits), alpha=alpha, outer_type=head_type,
             allow_fallback=allow_fallback, text=text, windows=windows,
@@ -417,10 +511,60 @@ def _show_validation(report: "ValidationReport") -> None:
         ["generation", f"{report.generation_tok_per_s:.1f} ± {report.generation_sd_tok_per_s:.1f} tokens/s"],
         ["peak memory", f"{_mib(report.peak_rss_bytes)} MiB at {report.settings.context_tokens:,} tokens of context"],
         ["file", f"{report.file_bytes:,} bytes, {report.bits_per_weight:.2f} bits/weight"],
+        *_divergence_rows(report),
     ]
     console.show_table(report.file, ["measure", "value"], measures)
     checks = [[check.name, check.status.replace("_", " "), check.detail] for check in report.checks]
     console.show_table("passed" if report.passed else "failed", ["check", "status", "detail"], checks)
+
+
+def _divergence_rows(report: "ValidationReport") -> list[list[str]]:
+    d = report.divergence
+    if d is None:
+        return []
+    return [
+        ["reference", f"{report.reference}, perplexity {d.reference_perplexity:.3f}"],
+        ["perplexity ratio", f"{d.perplexity_ratio:.5f} ± {d.perplexity_ratio_stderr:.5f}"],
+        ["KL divergence", f"{d.kld_mean:.5f} ± {d.kld_stderr:.5f} nats/token"],
+        ["… per token", f"median {d.kld_median:.5f}, 99 % below {d.kld_p99:.5f}, at most {d.kld_max:.5f}"],
+        ["Δp, mean", f"{d.delta_p_mean:+.3%} ± {d.delta_p_stderr:.3%}"],
+        ["Δp, RMS", f"{d.delta_p_rms:.3%} ± {d.delta_p_rms_stderr:.3%}"],
+        ["same top token", f"{d.same_top:.2%} ± {d.same_top_stderr:.2%}"],
+    ]
+
+
+def _show_inspection(found: "Inspection") -> None:
+    facts = {
+        "name": found.name,
+        "architecture": found.architecture,
+        "parameters": f"{found.weights:,}",
+        "licence": found.license,
+        "base model": ", ".join(found.base_models),
+        "file type": found.file_type,
+        "quantised by": found.quantized_by,
+        **{f"recipe: {key}": value for key, value in (found.recipe or {}).items()},
+        "context": f"{found.context_tokens:,} tokens" if found.context_tokens else None,
+        "chat template": found.chat_template or "none",
+        "split": f"piece {found.piece} of {found.pieces}" if found.pieces > 1 else None,
+        "size": f"{found.file_bytes:,} bytes"
+        + (f", {found.bits_per_weight:.3f} bits/weight" if found.bits_per_weight else ""),
+    }
+    shown = [[key, str(value)] for key, value in facts.items() if value not in {None, ""}]
+    console.show_table(found.file, ["fact", "value"], shown)
+    rows = [
+        [
+            group.name, ", ".join(f"{kind} × {count}" for kind, count in group.types.items()), f"{group.tensors}",
+            f"{group.weights:,}", f"{group.size_bytes:,}", f"{group.bits_per_weight:.3f}",
+        ]
+        for group in found.groups
+    ]  # fmt: skip
+    total_bytes = sum(group.size_bytes for group in found.groups)
+    tensors = sum(group.tensors for group in found.groups)
+    bits = f"{8 * total_bytes / found.weights:.3f}" if found.weights else "–"
+    rows.append(["all", "", f"{tensors}", f"{found.weights:,}", f"{total_bytes:,}", bits])
+    console.show_table("Tensors", ["part", "types", "tensors", "weights", "bytes", "bits/weight"], rows)
+    if found.note:
+        console.say(found.note)
 
 
 def _show_examination(report: "DoctorReport") -> None:
@@ -432,6 +576,29 @@ def _show_examination(report: "DoctorReport") -> None:
     console.show_table("Running a model", ["repacked weights", "status", "detail"], probes)
     for problem in report.problems:
         console.fail(problem)
+
+
+def _show_profile(made: "SensitivityProfile", shown: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        told = {"phi": made.phi, "phi_stderr": made.phi_stderr, "evaluations": len(made.evaluations)}
+        console.show_json({**shown, **told, "stopped_by": made.stopped_by})
+        return
+    rows = [
+        [name, f"{phi:+.5f}", f"{error:.5f}"]
+        for name, phi, error in zip(shown["players"], made.phi, made.phi_stderr, strict=True)
+    ]
+    console.show_table(f"Loss increase at 2 bit, {made.model.name}", ["player", "φ, nats/token", "± s.e."], rows)
+    console.show_line(f"{len(made.evaluations)} evaluations, stopped by {made.stopped_by}")
+
+
+def _show_ladder(made: "LadderProfile", shown: dict[str, Any], as_json: bool) -> None:
+    table = made.divergences()
+    if as_json:
+        console.show_json({**shown, "types": made.types, "divergences": table.tolist()})
+        return
+    rows = [[name, *(f"{value:.6f}" for value in row)] for name, row in zip(shown["players"], table, strict=True)]
+    title = f"KL divergence of {made.model.name} with one player at fewer bits, nats/token"
+    console.show_table(title, ["player", *(f"{bits} bit" for bits in made.types)], rows)
 
 
 def _perplexity(report: "ValidationReport") -> str:
@@ -448,29 +615,6 @@ def _device_rows(device: "DeviceProfile") -> list[list[str]]:
     return [[key, str(value), sources.get(key.split(".")[0], "")] for key, value in flat.items() if value is not None]
 
 
-def _game_options(
-    *,
-    group_size: int | None,
-    axis: int | None,
-    damp_percent: float | None,
-    sym: bool | None,
-    encode: str | None,
-    time_limit: str | None,
-    **others: Any,
-) -> "GameOptions":
-    from impq_edge.spqe.options import GameOptions
-
-    settings = {
-        "group_size": group_size, "axis": axis, "damp_percent": damp_percent, "sym": sym,
-        "encode": encode,
-    }  # fmt: skip
-    return GameOptions(
-        backend_settings={key: value for key, value in settings.items() if value is not None},
-        time_limit_s=_seconds(time_limit),
-        **others,
-    )
-
-
 def _seconds(text: str | None) -> float | None:
     if text is None:
         return None
@@ -480,12 +624,19 @@ def _seconds(text: str | None) -> float | None:
     return float(found[1]) * _SECONDS[found[2]]
 
 
-def _bytes(text: str | None) -> int | None:
+def _types(text: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and len(part) < 3 for part in parts):
+        raise SensitivityError(f"--types {text!r} is no list of widths; write it like 2,4 or 2,3,4,5,6,8.")
+    return tuple(int(part) for part in parts)
+
+
+def _bytes(text: str | None, flag: str = "--budget") -> int | None:
     if text is None:
         return None
     found = _BUDGET.fullmatch(text.strip())
     if found is None:
-        raise AllocationError(f"--budget {text!r} is not a size; write it like 900MiB or 1.5GiB.")
+        raise AllocationError(f"{flag} {text!r} is not a size; write it like 900MiB or 1.5GiB.")
     return int(Fraction(found[1]) * _UNITS[(found[2] or "B").lower()])
 
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -58,18 +58,32 @@ class Record:
         RecordError
             When the file is missing, is not JSON, has another schema or a field that does not fit.
         """
-        text = read_text(path)
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:  # also integers of thousands of digits
-            raise RecordError(f"{path} is not JSON ({error}); write it anew with the stage that makes it.") from None
-        found = data.get("schema") if isinstance(data, dict) else None
-        if found != cls.SCHEMA:
-            raise RecordError(
-                f"{path} holds schema {found!r}, not {cls.SCHEMA!r}; pass the right file or make it anew."
-            )
-        data.pop("schema")
-        return parse(cls, data, path)
+        loaded: Self = load_one_of(path, cls)
+        return loaded
+
+
+R = TypeVar("R", bound=Record)
+
+
+def load_one_of(path: Path, *kinds: type[R]) -> R:
+    """Read a record of one of several kinds.
+
+    Raises
+    ------
+    RecordError
+        When the file is missing, not JSON, of another schema, or has a wrong field.
+    """
+    text = read_text(path)
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:  # also integers of thousands of digits
+        raise RecordError(f"{path} is not JSON ({error}); write it anew with the stage that makes it.") from None
+    found = data.pop("schema", None) if isinstance(data, dict) else None
+    for kind in kinds:
+        if found == kind.SCHEMA:
+            return parse(kind, data, path)
+    wanted = " or ".join(repr(kind.SCHEMA) for kind in kinds)
+    raise RecordError(f"{path} holds schema {found!r}, not {wanted}; pass the right file or make it anew.")
 
 
 def parse(kind: type[T], data: object, path: Path) -> T:
@@ -165,12 +179,18 @@ def _write_error(path: Path, error: OSError) -> ImpqError:
 
 
 def sha256_file(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:
-    """Hash a file; ``advance`` is told the number of bytes read so far in each step."""
+    """Hash a file; ``advance`` is told the number of bytes of each step."""
+    return sha256_files([path], advance)
+
+
+def sha256_files(paths: Iterable[Path], advance: Callable[[int], None] = lambda _: None) -> str:
+    """Hash the bytes of files, one after the other, as ``cat`` would join them."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK_BYTES):
-            digest.update(chunk)
-            advance(len(chunk))
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(_HASH_CHUNK_BYTES):
+                digest.update(chunk)
+                advance(len(chunk))
     return digest.hexdigest()
 
 

@@ -142,6 +142,7 @@ def test_workers_without_ray_say_what_to_install(checkpoints: dict[str, Path], t
         (["convert", "-o", "OUT"], 3, "--allocation FILE or --type TYPE"),
         (["validate", "pyproject.toml"], 3, "not a GGUF"),
         (["validate", "nothing.gguf"], 3, "does not exist"),
+        (["inspect", "pyproject.toml"], 3, "not a GGUF"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
@@ -162,8 +163,39 @@ def test_a_file_cut_short(demo_gguf: Path, tmp_path: Path) -> None:
     assert done.returncode == 3 and "cut short by" in done.stderr
 
 
+def test_a_file_and_its_reference(demo_gguf: Path, tiny_ggufs: dict[str, Path]) -> None:
+    short = ("--windows", 1, "--context", 64)
+    done = run("validate", demo_gguf, "--reference", demo_gguf, *short)
+    assert done.returncode == 0, done.stderr
+    assert "KL divergence" in done.stdout and "0.00000 ± 0.00000 nats/token" in done.stdout
+    assert "100.00% ± 0.00%" in done.stdout
+    done = run("validate", demo_gguf, "--reference", tiny_ggufs["qwen3"], *short, "--json")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.startswith("Error: ") and len(done.stderr.splitlines()) == 1
+    assert "tokenise the text differently" in done.stderr
+
+
+def test_inspect(demo_gguf: Path) -> None:
+    done, told = run("inspect", demo_gguf), json.loads(run("inspect", demo_gguf, "--json").stdout)
+    assert done.returncode == 0 and done.stderr == ""
+    assert told["architecture"] == "llama" and told["file_type"] == "Q4_K_S" and told["recipe"]["type"] == "q4_k"
+    assert sum(group["weights"] for group in told["groups"]) == told["weights"]
+    for shown in ("tiny-llama3", f"{told['weights']:,}", "ffn_down", "q4_k × 16", "chat template"):
+        assert shown in done.stdout
+
+
 def test_every_command_has_help_with_an_example() -> None:
-    for command in ("devices", "devices show", "profile", "allocate", "convert", "validate", "build", "doctor"):
+    for command in (
+        "devices",
+        "devices show",
+        "profile",
+        "allocate",
+        "convert",
+        "validate",
+        "inspect",
+        "build",
+        "doctor",
+    ):
         done = run(*command.split(), "--help")
         assert done.returncode == 0 and "Exit codes" in done.stdout
         assert "Example" in done.stdout or command == "devices show" or "doctor" in command

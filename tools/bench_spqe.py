@@ -24,6 +24,7 @@ from impq_edge.model.spec import ModelSpec, TensorSpec
 from impq_edge.spqe.game import Game
 from impq_edge.spqe.observe import Observer
 from impq_edge.spqe.sampling import Coalition, Estimator, draws, draws_for, evaluation_order
+from impq_edge.spqe.walk import Walk
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama-3.1-8b": {
@@ -152,7 +153,7 @@ def prepare(
     model_bytes = torch.cuda.memory_allocated() if cuda else 0
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    game = Game(model, spec, windows)
+    game = Game(Walk(model, spec, windows))
     start = time.perf_counter()
     game.prepare(
         lambda tensor: parameters.pop(tensor.name).float(),

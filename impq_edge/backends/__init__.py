@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from impq_edge.errors import BackendError
 
@@ -48,7 +48,7 @@ class Stored:
 class Backend(Protocol):
     """What the game needs of a backend; the dataclass fields of an implementation are its settings."""
 
-    LIBRARY: str
+    LIBRARY: ClassVar[str]
 
     @property
     def statistics(self) -> Statistics:

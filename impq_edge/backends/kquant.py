@@ -25,7 +25,7 @@ class KQuant:
 
     encode: str = "rtn"
     """ggml's own encoder (``rtn``), also with the inputs' mean squares as llama.cpp's importance matrix (``imatrix``),
-    or GPTQ onto the same grids (``gptq``), where types that are no K-quants get ggml's with the importance matrix."""
+    or GPTQ onto the same grids (``gptq``), where types that it does not know get ggml's with the importance matrix."""
 
     def __post_init__(self) -> None:
         if self.encode not in _STATISTICS:
@@ -46,16 +46,24 @@ class KQuant:
         ConversionError, BackendError
             When the inputs are not finite, or not those of this matrix.
         """
-        kind = type_for_row(BLOCK_TYPES[bits], weight.shape[1])
-        return Stored(decode(self._encoded(weight, kind, inputs), kind), kind.bits_per_weight)
+        return self.store(weight, type_for_row(BLOCK_TYPES[bits], weight.shape[1]), inputs)
 
-    def _encoded(self, weight: torch.Tensor, kind: TensorType, inputs: Inputs | None) -> torch.Tensor:
-        importance = None
-        if self.encode != "rtn":
-            assert inputs is not None, "a backend that asks for statistics is given them"
-            if self.encode == "gptq" and kind in SOLVED:
-                assert inputs.second_moment is not None, "GPTQ needs the second moment of the inputs"
-                return encode_gptq(weight, inputs.second_moment, kind)
+    def store(self, weight: torch.Tensor, kind: TensorType, inputs: Inputs | None) -> Stored:
+        """Do the same with any type that rows of this length hold."""
+        return Stored(decode(self.encoded(weight, kind, inputs), kind), kind.bits_per_weight)
+
+    def encoded(self, weight: torch.Tensor, kind: TensorType, inputs: Inputs | None) -> torch.Tensor:
+        """Return the bytes of ``weight`` (out, in), where it is: uint8, (out, bytes per row).
+
+        Where nothing multiplies the weights and ``inputs`` is therefore None, as for an embedding that is only
+        looked up, all columns count alike.
+        """
+        if inputs is None or self.encode == "rtn":
+            importance = None
+        elif self.encode == "gptq" and kind in SOLVED:
+            assert inputs.second_moment is not None, "GPTQ needs the second moment of the inputs"
+            return encode_gptq(weight, inputs.second_moment, kind)
+        else:
             importance = inputs.mean_square.float().cpu().numpy()
         data = encode_as_ggml(weight.float().cpu().numpy(), kind, importance=importance)
         return torch.from_numpy(data).to(weight.device)

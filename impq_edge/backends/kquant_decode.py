@@ -42,7 +42,7 @@ def _q4_0(blocks: torch.Tensor) -> torch.Tensor:
     #   0  d, float16
     #   2  qs[16]: qs[i] = q[i] | q[i + 16] << 4
     d, qs = blocks.split_with_sizes([2, 16], dim=1)
-    return _f16(d) * (_nibbles(qs, 16).float() - 8)
+    return _f16(d) * (_fields(qs, 16, 4).float() - 8)
 
 
 def _q5_0(blocks: torch.Tensor) -> torch.Tensor:
@@ -51,8 +51,24 @@ def _q5_0(blocks: torch.Tensor) -> torch.Tensor:
     #   2  qh[4]: bit i % 8 of qh[i / 8] is the fifth bit of q[i]
     #   6  qs[16]: the other four bits, as in Q4_0
     d, qh, qs = blocks.split_with_sizes([2, 4, 16], dim=1)
-    high = (qh.unsqueeze(2) >> _shifts(8, 1, qh) & 1).view(-1, 32)
-    return _f16(d) * ((_nibbles(qs, 16) | high << 4).float() - 16)
+    return _f16(d) * ((_fields(qs, 16, 4) | _fields(qh, 1, 1) << 4).float() - 16)
+
+
+def _q5_1(blocks: torch.Tensor) -> torch.Tensor:
+    # 24 bytes, 32 weights w = d q + m:
+    #   0  d, float16
+    #   2  m, float16
+    #   4  qh[4], then qs[16]: the fifth and the other four bits, as in Q5_0
+    d, m, qh, qs = blocks.split_with_sizes([2, 2, 4, 16], dim=1)
+    return _f16(d) * (_fields(qs, 16, 4) | _fields(qh, 1, 1) << 4).float() + _f16(m)
+
+
+def _q8_0(blocks: torch.Tensor) -> torch.Tensor:
+    # 34 bytes, 32 weights w = d q:
+    #   0  d, float16
+    #   2  q[32], int8
+    d, q = blocks.split_with_sizes([2, 32], dim=1)
+    return _f16(d) * q.view(torch.int8).float()
 
 
 def _q2_k(blocks: torch.Tensor) -> torch.Tensor:
@@ -63,8 +79,20 @@ def _q2_k(blocks: torch.Tensor) -> torch.Tensor:
     #  80  d, float16
     #  82  dmin, float16
     scales, qs, d, dmin = blocks.split_with_sizes([16, 64, 2, 2], dim=1)
-    q = qs.view(-1, 2, 1, 32) >> _shifts(4, 2, qs).view(4, 1) & 3
-    return _affine(q.view(-1, 16, 16), _f16(d) * (scales & 15).float(), _f16(dmin) * (scales >> 4).float())
+    return _affine(_fields(qs, 32, 2), _f16(d) * (scales & 15).float(), _f16(dmin) * (scales >> 4).float())
+
+
+def _q3_k(blocks: torch.Tensor) -> torch.Tensor:
+    # 110 bytes, 16 groups of 16 weights w = (d (scale − 32)) (q − 4):
+    #   0  hmask[32]: bit b of hmask[i] is the third bit of q[32 b + i]
+    #  32  qs[64]: the other two bits, as in Q2_K
+    #  96  scales[12], 6 bits each of s[0…15]:
+    #        scales[i]     = (s[i] & 15)         | (s[i + 8] & 15) << 4, i = 0…7
+    #        scales[i + 8] = s[i] >> 4 | (s[i + 4] >> 4) << 2 | (s[i + 8] >> 4) << 4 | (s[i + 12] >> 4) << 6, i = 0…3
+    # 108  d, float16
+    hmask, qs, low, high, d = blocks.split_with_sizes([32, 64, 8, 4, 2], dim=1)
+    scale = (_fields(low, 8, 4) | _fields(high, 4, 2) << 4).float() - 32
+    return _symmetric(_fields(qs, 32, 2) | _fields(hmask, 32, 1) << 2, 4, _f16(d) * scale)
 
 
 def _q4_k(blocks: torch.Tensor) -> torch.Tensor:
@@ -77,33 +105,65 @@ def _q4_k(blocks: torch.Tensor) -> torch.Tensor:
     #        scales[i + 8] = (s[i + 4] & 15)     | (m[i + 4] & 15) << 4
     #  16  qs[128], four pairs of groups: qs[32 p + i] = q[64 p + i] | q[64 p + i + 32] << 4
     d, dmin, scales, qs = blocks.split_with_sizes([2, 2, 12, 128], dim=1)
+    return _affine(_fields(qs, 32, 4), *_scales_and_minima(d, dmin, scales))
+
+
+def _q5_k(blocks: torch.Tensor) -> torch.Tensor:
+    # 176 bytes, 8 groups of 32 weights w = (d scale) q − (dmin min):
+    #   0  d, dmin, scales[12], as in Q4_K
+    #  16  qh[32]: bit b of qh[i] is the fifth bit of q[32 b + i]
+    #  48  qs[128]: the other four bits, as in Q4_K
+    d, dmin, scales, qh, qs = blocks.split_with_sizes([2, 2, 12, 32, 128], dim=1)
+    return _affine(_fields(qs, 32, 4) | _fields(qh, 32, 1) << 4, *_scales_and_minima(d, dmin, scales))
+
+
+def _q6_k(blocks: torch.Tensor) -> torch.Tensor:
+    # 210 bytes, 16 groups of 16 weights w = (d scale) (q − 32):
+    #   0  ql[128], two halves of 64 bytes: ql[64 h + i] = (q[128 h + i] & 15) | (q[128 h + i + 64] & 15) << 4
+    # 128  qh[64]: the other two bits, as the codes of Q2_K
+    # 192  scales[16], int8
+    # 208  d, float16
+    ql, qh, scales, d = blocks.split_with_sizes([128, 64, 16, 2], dim=1)
+    return _symmetric(_fields(ql, 64, 4) | _fields(qh, 32, 2) << 4, 32, _f16(d) * scales.view(torch.int8).float())
+
+
+def _scales_and_minima(d: torch.Tensor, dmin: torch.Tensor, scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return d · scale and dmin · min of Q4_K's header, (blocks, 8) each."""
     s, m, rest = scales.split_with_sizes([4, 4, 4], dim=1)
     scale = torch.cat([s & 63, rest & 15 | s >> 6 << 4], dim=1).float()
     minimum = torch.cat([m & 63, rest >> 4 | m >> 6 << 4], dim=1).float()
-    return _affine(_nibbles(qs, 32).view(-1, 8, 32), _f16(d) * scale, _f16(dmin) * minimum)
+    return _f16(d) * scale, _f16(dmin) * minimum
 
 
-def _nibbles(qs: torch.Tensor, together: int) -> torch.Tensor:
-    """Return the low halves of ``together`` bytes, then their high halves, and so on: (blocks, 2 × bytes)."""
-    q = qs.view(len(qs), -1, 1, together) >> _shifts(2, 4, qs).view(2, 1) & 15
-    return q.view(len(qs), -1)
-
-
-def _shifts(count: int, bits: int, like: torch.Tensor) -> torch.Tensor:
-    return torch.arange(0, count * bits, bits, dtype=torch.uint8, device=like.device)
+def _fields(data: torch.Tensor, together: int, bits: int) -> torch.Tensor:
+    """Return the lowest ``bits`` of ``together`` bytes, then the next of the same bytes, and so on, one per byte."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device)
+    fields = data.view(len(data), -1, 1, together) >> shifts.view(-1, 1) & (1 << bits) - 1
+    return fields.view(len(data), -1)
 
 
 def _affine(q: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
     """Return scale · q − minimum as (blocks, weights), rounded twice as ggml does; scales are (blocks, groups)."""
+    q = q.view(*scale.shape, -1)
     return q.float().mul_(scale.unsqueeze(2)).sub_(minimum.unsqueeze(2)).flatten(1)
+
+
+def _symmetric(q: torch.Tensor, zero: int, scale: torch.Tensor) -> torch.Tensor:
+    """Return scale · (q − zero) as (blocks, weights); scales are (blocks, groups)."""
+    return q.view(*scale.shape, -1).float().sub_(zero).mul_(scale.unsqueeze(2)).flatten(1)
 
 
 _DECODERS = {
     TensorType.F16: _f16,
     TensorType.Q4_0: _q4_0,
     TensorType.Q5_0: _q5_0,
+    TensorType.Q5_1: _q5_1,
+    TensorType.Q8_0: _q8_0,
     TensorType.Q2_K: _q2_k,
+    TensorType.Q3_K: _q3_k,
     TensorType.Q4_K: _q4_k,
+    TensorType.Q5_K: _q5_k,
+    TensorType.Q6_K: _q6_k,
 }
 DECODED = tuple(_DECODERS)
-"""What a K-quant of 2 or 4 bit is stored as, whatever the row length (``impq_edge.ggml.types.type_for_row``)."""
+"""What a type of the ladder is stored as, whatever the row length (``impq_edge.ggml.types.type_for_row``)."""

@@ -4,6 +4,7 @@ The keys are those that llama.cpp reads for the architecture (``src/llama-model.
 ``src/llama-vocab.cpp``), under the names of the ``gguf`` package.
 """
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -11,6 +12,9 @@ from collections.abc import Mapping
 import gguf
 from gguf import GGUFWriter, Keys, LlamaFileType
 
+import impq_edge
+from impq_edge.conversion.card import ModelCard, Value, key_bytes
+from impq_edge.conversion.imatrix import Imatrix
 from impq_edge.conversion.tokenizer import Tokenizer
 from impq_edge.errors import ConversionError
 from impq_edge.ggml.types import TensorType
@@ -19,8 +23,11 @@ from impq_edge.model.recipe import TensorTypes
 from impq_edge.model.spec import ModelSpec
 
 RECIPE_KEY = "impq_edge.recipe"
-RECIPE_BYTES = 1024
-"""Length of the recipe, padded with spaces: the size of a file can be told before its recipe is known."""
+ORIGIN_BYTES = 4096
+"""What all keys of a file's origin take together, the recipe padded with spaces: the size of a file can be told before
+its recipe is known, and an edited model card changes no allocation."""
+
+_MAX_TEXT_BYTES = 127  # as llama-quantize cuts them (llama_model_kv_override)
 
 _FILE_TYPES = {
     TensorType.F32: LlamaFileType.ALL_F32,
@@ -41,12 +48,44 @@ _FILE_TYPES = {
 _NAMES_THAT_CHANGE_TOKENS = ("phi-3", "phi3", "modern-bert")
 
 
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a GGUF comes from, beside its recipe."""
+
+    card: ModelCard = dataclasses.field(default_factory=ModelCard)
+    quantized_by: str = f"impq-edge {impq_edge.__version__}"
+    imatrix: Imatrix | None = None  # the importance matrix that was used
+    imatrix_file: str | None = None  # where it was read
+
+    def keys(self) -> dict[str, Value]:
+        """Return the GGUF's keys and values."""
+        imatrix = imatrix_keys(self.imatrix, self.imatrix_file) if self.imatrix else {}
+        found = {**self.card.keys(), Keys.General.QUANTIZED_BY: _cut(self.quantized_by), **imatrix}
+        return {key: value for key, value in found.items() if value != ""}  # GGUFWriter leaves those out
+
+
+def imatrix_keys(imatrix: Imatrix, file: str | None) -> dict[str, str | int]:
+    """Return the keys by which ``llama-quantize`` tells what it used (tools/quantize/quantize.cpp)."""
+    found: dict[str, str | int | None] = {
+        "quantize.imatrix.file": file and _cut(file),
+        "quantize.imatrix.dataset": _cut(imatrix.datasets[0]) if imatrix.datasets else None,
+        "quantize.imatrix.entries_count": len(imatrix.sums),
+        "quantize.imatrix.chunks_count": imatrix.chunk_count or None,
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _cut(text: str) -> str:
+    return text.encode("utf-8", "replace")[:_MAX_TEXT_BYTES].decode("utf-8", "ignore")
+
+
 def add_metadata(
     writer: GGUFWriter,
     spec: ModelSpec,
     tokenizer: Tokenizer,
     types: TensorTypes,
     recipe: Mapping[str, str | int | float | None],
+    origin: Origin | None = None,
 ) -> None:
     """Add every key-value of the file.
 
@@ -58,17 +97,19 @@ def add_metadata(
         Type of every tensor; the one that most weights of the blocks have becomes the file's type.
     recipe
         How the file was made; stored as JSON under :data:`RECIPE_KEY`.
+    origin
+        Where the model comes from; its keys and the recipe fill :data:`ORIGIN_BYTES` whatever they are.
 
     Raises
     ------
     ConversionError
-        When the recipe is longer than :data:`RECIPE_BYTES`, or the model's name would change how llama.cpp
-        tokenises.
+        When recipe and origin take more than :data:`ORIGIN_BYTES`, or the model's name would change how
+        llama.cpp tokenises.
     """
     _add_general(writer, spec, types)
     _add_hyperparameters(writer, spec.hyperparameters)
     _add_tokenizer(writer, tokenizer)
-    writer.add_string(RECIPE_KEY, _padded_json(recipe))
+    _add_origin(writer, recipe, origin or Origin())
 
 
 def _add_general(writer: GGUFWriter, spec: ModelSpec, types: TensorTypes) -> None:
@@ -144,11 +185,21 @@ def _add_chat_templates(writer: GGUFWriter, templates: Mapping[str, str]) -> Non
         writer.add_string(Keys.Tokenizer.CHAT_TEMPLATE, templates["default"])
 
 
-def _padded_json(recipe: Mapping[str, str | int | float | None]) -> str:
-    text = json.dumps(dict(recipe), separators=(",", ":"), allow_nan=False)  # ASCII: one byte a character
-    if len(text) > RECIPE_BYTES:
+def _add_origin(writer: GGUFWriter, recipe: Mapping[str, str | int | float | None], origin: Origin) -> None:
+    keys = origin.keys()
+    text = json.dumps(dict(recipe), separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    room = ORIGIN_BYTES - sum(key_bytes(key, value) for key, value in keys.items()) - key_bytes(RECIPE_KEY, "")
+    missing = len(text.encode()) - room
+    if missing > 0:
         raise ConversionError(
-            f"The recipe takes {len(text)} bytes of a GGUF's metadata, and {RECIPE_BYTES} are the limit; "
-            "shorten the names in it."
+            f"Recipe and origin take {ORIGIN_BYTES + missing} bytes of a GGUF's metadata, and {ORIGIN_BYTES} are the "
+            "limit; shorten the names in them."
         )
-    return text.ljust(RECIPE_BYTES)
+    for key, value in keys.items():
+        if isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_array(key, list(value))
+    writer.add_string(RECIPE_KEY, text + " " * -missing)

@@ -1,47 +1,62 @@
 """The values that a GGUF holds where a checkpoint holds others: order of rotary rows, norms, rope factors."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from impq_edge.model.config import Llama3Rope
-from impq_edge.model.load import read_tensor
 from impq_edge.model.spec import ROPE_FACTORS, ModelSpec, TensorSpec
+from impq_edge.model.weights import find_tensor, require_finite
+
+ReadRows = Callable[[int, int], NDArray[np.float32]]
+"""Reads rows first … last - 1 of a tensor, (last - first, …); a vector's rows are its elements."""
 
 
-def gguf_values(directory: Path, spec: ModelSpec, tensor: TensorSpec) -> NDArray[np.float32]:
-    """Return a tensor's values as the GGUF stores them, in the tensor's own shape.
+def gguf_rows(directory: Path, spec: ModelSpec, tensor: TensorSpec) -> ReadRows:
+    """Return what reads rows of a tensor as the GGUF stores them, from any number of threads.
 
     Raises
     ------
     ModelError
-        When the weights cannot be read or are not finite.
+        Now or later, when the weights cannot be read; later, when they are not finite.
     """
     hyper = spec.hyperparameters
     if tensor.gguf_name == ROPE_FACTORS:
         assert hyper.rope_scaling is not None
-        return llama3_rope_factors(hyper.rope_scaling, hyper.rope_theta, hyper.head_dim)
-    values = read_tensor(directory, tensor)
-    if hyper.architecture == "llama":
-        heads = {"attn_q": hyper.n_heads, "attn_k": hyper.n_kv_heads}.get(tensor.gguf_name.split(".")[-2])
-        if heads is not None:
-            return interleave_rotary_rows(values, heads)
-    if hyper.architecture == "gemma2" and tensor.role == "vector":
-        return values + 1  # Gemma's RMSNorm scales by 1 + w, llama.cpp's by w
-    return values
+        factors = llama3_rope_factors(hyper.rope_scaling, hyper.rope_theta, hyper.head_dim)
+        return lambda first, last: factors[first:last]
+    stored, order = find_tensor(directory, tensor), row_order(spec, tensor)
+    gains = hyper.architecture == "gemma2" and tensor.role == "vector"
+
+    def read(first: int, last: int) -> NDArray[np.float32]:
+        rows = np.arange(first, last) if order is None else order[first:last]
+        lowest = int(rows.min())
+        values = stored.rows(lowest, int(rows.max()) + 1)
+        require_finite(values, tensor.name, lowest)
+        if order is not None:
+            values = values[rows - lowest]
+        return values + 1 if gains else values  # Gemma's RMSNorm scales by 1 + w, llama.cpp's by w
+
+    return read
 
 
-def interleave_rotary_rows(values: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Reorder the output rows of each head from halves (x, y) to pairs (x₀, y₀, x₁, y₁, …).
+def row_order(spec: ModelSpec, tensor: TensorSpec) -> NDArray[np.intp] | None:
+    """Return which row of the checkpoint's tensor each row of the GGUF's is, (rows,); None: the same.
 
-    transformers rotates the two halves of a head against each other, llama.cpp's ``LLAMA_ROPE_TYPE_NORM``
-    (used for the llama architecture only) neighbouring rows. ``values`` is (heads · head_dim, …).
+    transformers rotates the two halves (x, y) of a head against each other, llama.cpp's ``LLAMA_ROPE_TYPE_NORM``
+    (used for the llama architecture only) neighbouring rows: it wants pairs (x₀, y₀, x₁, y₁, …).
     """
-    head_dim = len(values) // heads
-    halves = values.reshape(heads, 2, head_dim // 2, *values.shape[1:])
-    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
+    hyper = spec.hyperparameters
+    if hyper.architecture != "llama" or tensor.block is None:
+        return None
+    heads = {"attn_q": hyper.n_heads, "attn_k": hyper.n_kv_heads}.get(tensor.gguf_name.split(".")[-2])
+    if heads is None:
+        return None
+    rows = np.arange(tensor.shape[0]).reshape(heads, 2, -1)
+    return rows.swapaxes(1, 2).ravel()
 
 
 def llama3_rope_factors(scaling: Llama3Rope, theta: float, head_dim: int) -> NDArray[np.float32]:

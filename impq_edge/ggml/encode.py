@@ -6,9 +6,7 @@ only risk other bytes than ``llama-quantize`` writes.
 
 import ctypes
 import importlib.util
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -18,17 +16,13 @@ from numpy.typing import NDArray
 from impq_edge.errors import ConversionError
 from impq_edge.ggml.types import TensorType
 
-_CHUNK_WEIGHTS = 1 << 17  # rows are handed to threads in pieces of about this many weights, some 10 ms of work
-
 
 def encode(
-    weights: NDArray[np.float32],
-    kind: TensorType,
-    threads: int | None = None,
-    *,
-    importance: NDArray[np.float32] | None = None,
+    weights: NDArray[np.float32], kind: TensorType, *, importance: NDArray[np.float32] | None = None
 ) -> NDArray[np.uint8]:
-    """Encode a matrix as ggml does (``ggml_quantize_chunk``, ggml/src/ggml.c).
+    """Encode rows as ggml does (``ggml_quantize_chunk``, ggml/src/ggml.c), on this thread alone.
+
+    Rows are independent, so a matrix may be encoded in pieces on several threads: no other holds up this one.
 
     Parameters
     ----------
@@ -36,8 +30,6 @@ def encode(
         Shape (rows, row length), finite; the row length is a multiple of the type's block.
     kind
         The format to store.
-    threads
-        Rows are independent, so the bytes do not depend on this; all cores by default.
     importance
         Shape (row length,), finite and not negative: how much an error counts in each column, in every row alike;
         llama.cpp's importance matrix holds the mean squared input (tools/imatrix/imatrix.cpp). The formats weigh it
@@ -59,26 +51,25 @@ def encode(
     columns = None if importance is None else _checked(importance, row_length)
     source = np.ascontiguousarray(weights, dtype=np.float32)
     out = np.empty((rows, kind.tensor_bytes((1, row_length))), dtype=np.uint8)
-    if kind is TensorType.F16 and np.abs(source).max(initial=0) > np.finfo(np.float16).max:
-        raise ConversionError(f"A weight of {np.abs(source).max():g} exceeds F16's 65504; choose --type f32.")
-    step = max(1, _CHUNK_WEIGHTS // row_length)
-
-    def encode_rows(first: int) -> None:
-        count = min(step, rows - first)
-        written = _quantize_chunk()(
-            int(kind.ggml),
-            source.ctypes.data,
-            out.ctypes.data,
-            first * row_length,
-            count,
-            row_length,
-            None if columns is None else columns.ctypes.data,
-        )
-        assert written == count * out.shape[1], f"ggml wrote {written} bytes of {kind}"
-
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:  # ctypes releases the interpreter's lock
-        list(pool.map(encode_rows, range(0, rows, step)))
+    if kind is TensorType.F16:
+        _require_f16(source)
+    written = _quantize_chunk()(  # ctypes releases the interpreter's lock
+        int(kind.ggml),
+        source.ctypes.data,
+        out.ctypes.data,
+        0,
+        rows,
+        row_length,
+        None if columns is None else columns.ctypes.data,
+    )
+    assert written == out.nbytes, f"ggml wrote {written} bytes of {kind}"
     return out
+
+
+def _require_f16(weights: NDArray[np.float32]) -> None:
+    largest = max(weights.max(initial=0), -weights.min(initial=0))
+    if largest > np.finfo(np.float16).max:
+        raise ConversionError(f"A weight of {largest:g} exceeds F16's 65504; choose --type f32.")
 
 
 def _checked(importance: NDArray[np.float32], row_length: int) -> NDArray[np.float32]:

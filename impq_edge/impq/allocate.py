@@ -1,7 +1,8 @@
-"""The stage: a profile's φ and C, a device and its budget in, an allocation out."""
+"""The stage: what a profile measured, a device and its budget in, an allocation out."""
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -10,13 +11,16 @@ from numpy.typing import NDArray
 from impq_edge.devices.memory import resident_bytes, weight_budget_bytes
 from impq_edge.devices.profile import DeviceProfile, KvType
 from impq_edge.errors import AllocationError
-from impq_edge.ggml.types import BLOCK_TYPES, TensorType
-from impq_edge.impq.allocation import Allocation, average_bits
-from impq_edge.impq.problem import Constraint, Problem, published_objective
-from impq_edge.impq.solve import Solution, solve
+from impq_edge.ggml.types import LADDER, TensorType
+from impq_edge.impq.allocation import PUBLISHED_TYPES, Allocation, are_types, average_bits, listed
+from impq_edge.impq.problem import Choice, Constraint, Problem, ladder_objective, published_objective
+from impq_edge.impq.solve import Solution, least, solve
 from impq_edge.model.players import Player, PlayerKind, players_of
-from impq_edge.model.recipe import data_bytes, tensor_types
+from impq_edge.model.recipe import TensorTypes, data_bytes, tensor_types
 from impq_edge.model.spec import ModelSpec
+
+_LADDER_GAP = 1e-4
+"""Share of a ladder's objective that may be left between it and its bound, far below what losses are measured to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +33,13 @@ class Request:
     file_budget_bytes: int | None = None  # --budget
     average_bits: Fraction | None = None  # --average-bits, nominal
     alpha: float = 0.5  # 1 drops the interactions; the paper takes 0.5
-    outer_type: TensorType = TensorType.Q6_K
+    outer_type: TensorType = TensorType.Q6_K  # embedding and head, where they are no players
+    types: tuple[int, ...] = PUBLISHED_TYPES  # (T,), bits a player may have, ascending
+
+    @property
+    def is_ladder(self) -> bool:
+        """Whether the types are others than the paper's 2 and 4; embedding and head are then players too."""
+        return self.types != PUBLISHED_TYPES
 
 
 def allocate_blocks(
@@ -41,7 +51,7 @@ def allocate_blocks(
     request: Request,
     players: PlayerKind = "blocks",
 ) -> Allocation:
-    """Solve IMPQ for one device.
+    """Solve IMPQ, the paper's program of 2 and 4 bit, for one device.
 
     Parameters
     ----------
@@ -61,32 +71,59 @@ def allocate_blocks(
         works), or a setting is out of range.
     """
     sizes, constraints = _feasible(spec, header_bytes, request, players)
-    problem, solution, demoted = _solved(phi, covariance, request.alpha, constraints)
-    bits = _bits(demoted)
-    types = sizes.types(bits)
-    file_bytes = header_bytes + data_bytes(spec, types)
-    return Allocation(
-        model_name=spec.name,
-        model_sha256=spec.content_sha256,
-        profile_sha256=profile_sha256,
-        device=request.device.name,
-        context_tokens=request.context_tokens,
-        kv_type=request.kv_type,
-        alpha=request.alpha,
-        problem=problem,
-        players=players,
-        player_bits=bits,
-        objective=problem.objective(demoted),
-        lower_bound=solution.lower_bound if solution else None,
-        relaxation_bound=solution.relaxation_bound if solution else None,
-        outer_type=request.outer_type,
-        tensor_types=types,
-        header_bytes=header_bytes,
-        budget_bytes=sizes.file_budget_bytes(types),
-        predicted_file_bytes=file_bytes,
-        average_bits=average_bits(sizes.players, bits),
-        bits_per_weight=8 * file_bytes / spec.weights,
-    )
+    if request.is_ladder:
+        raise AllocationError(
+            f"φ holds no losses at {listed(request.types)} bit; measure those types, or leave --types at 2,4."
+        )
+    problem, solution, choice = _solved(phi, covariance, request.alpha, constraints)
+    return _allocation(sizes, problem, solution, choice, profile_sha256)
+
+
+def allocate_ladder(
+    spec: ModelSpec,
+    header_bytes: int,
+    losses: NDArray[np.float64],
+    covariance: NDArray[np.float64] | None,
+    profile_sha256: str,
+    request: Request,
+    players: PlayerKind = "blocks",
+) -> Allocation:
+    """Choose one of T types for every player, for one device.
+
+    Parameters
+    ----------
+    spec, header_bytes, profile_sha256, players
+        As for :func:`allocate_blocks`.
+    losses
+        (N, T) in nats per token: of each player alone at each type. The players are the blocks' and, where the
+        types are others than 2 and 4, the embedding and an untied head.
+    covariance
+        (P, P) in nats², of the P players of the blocks at 2 bit; None where a profile has none. It says nothing of
+        other types, so that there are no interactions where 2 is not among them.
+
+    Returns
+    -------
+    Allocation
+        Within 1e-4 of the best objective, or the solver's precision; its ``lower_bound`` says how near.
+
+    Raises
+    ------
+    AllocationError
+        When the model does not fit even with everything at the types that take the least (says the smallest budget
+        that works), the losses are not those of the players, or a setting is out of range.
+    """
+    sizes, constraints = _feasible(spec, header_bytes, request, players)
+    wanted = (len(sizes.players), len(request.types))
+    if losses.shape != wanted or not np.isfinite(losses).all():
+        raise AllocationError(
+            f"The profile's losses, of shape {losses.shape}, are not numbers for {wanted[0]} players at "
+            f"{listed(request.types)} bit; make it anew with those types."
+        )
+    interactions = covariance if request.types[0] == PUBLISHED_TYPES[0] else None
+    corrected, quadratic = ladder_objective(losses, interactions, request.alpha)
+    problem = _problem(corrected, quadratic, constraints)
+    solution = solve(problem, _LADDER_GAP)
+    return _allocation(sizes, problem, solution, solution.choice, profile_sha256)
 
 
 def bits_at(
@@ -97,33 +134,11 @@ def bits_at(
     alpha: float = 0.5,
 ) -> tuple[int, ...]:
     """Return the bits of the N players in IMPQ's answer to a limit on average bits alone, without a device."""
-    *_, demoted = _solved(phi, covariance, alpha, (_average_bits_constraint(players, target),))
-    return _bits(demoted)
+    *_, choice = _solved(phi, covariance, alpha, (_average_bits_constraint(players, PUBLISHED_TYPES, target),))
+    return tuple(PUBLISHED_TYPES[kind] for kind in choice)
 
 
-def _solved(
-    phi: NDArray[np.float64], covariance: NDArray[np.float64], alpha: float, constraints: tuple[Constraint, ...]
-) -> tuple[Problem, Solution | None, tuple[int, ...]]:
-    """Return the program, what proves the answer (None where everything fits at 4 bit), and the answer q."""
-    linear, quadratic = published_objective(phi, covariance, alpha)
-    problem = Problem(tuple(linear.tolist()), tuple(map(tuple, quadratic.tolist())), constraints)
-    nobody = (0,) * len(phi)
-    if problem.is_feasible(nobody):
-        return problem, None, nobody
-    solution = solve(problem)
-    return problem, solution, solution.demoted
-
-
-def _bits(demoted: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(2 if q else 4 for q in demoted)
-
-
-def _average_bits_constraint(players: Sequence[Player], target: Fraction) -> Constraint:
-    weights = tuple(player.weights for player in players)
-    return Constraint("average bits", "weights", weights, int((target - 2) / 2 * sum(weights)))
-
-
-def require_feasible(spec: ModelSpec, header_bytes: int, request: Request) -> None:
+def require_feasible(spec: ModelSpec, header_bytes: int, request: Request, players: PlayerKind = "blocks") -> None:
     """Refuse a request that no allocation can meet, before anything expensive is done for it.
 
     Raises
@@ -131,7 +146,65 @@ def require_feasible(spec: ModelSpec, header_bytes: int, request: Request) -> No
     AllocationError
         As :func:`allocate_blocks`.
     """
-    _feasible(spec, header_bytes, request, "blocks")
+    _feasible(spec, header_bytes, request, players)
+
+
+def _solved(
+    phi: NDArray[np.float64], covariance: NDArray[np.float64], alpha: float, constraints: tuple[Constraint, ...]
+) -> tuple[Problem, Solution | None, Choice]:
+    """Return the paper's program, what proves the answer (None where everything fits at 4 bit), and the answer."""
+    linear, quadratic = published_objective(phi, covariance, alpha)
+    problem = _problem(np.column_stack([linear, np.zeros(len(linear))]), quadratic, constraints)
+    all_4 = (1,) * len(phi)
+    if problem.is_feasible(all_4):
+        return problem, None, all_4
+    solution = solve(problem)
+    return problem, solution, solution.choice
+
+
+def _problem(
+    losses: NDArray[np.float64], quadratic: NDArray[np.float64], constraints: tuple[Constraint, ...]
+) -> Problem:
+    return Problem(tuple(map(tuple, losses.tolist())), tuple(map(tuple, quadratic.tolist())), constraints)
+
+
+def _average_bits_constraint(players: Sequence[Player], types: tuple[int, ...], target: Fraction) -> Constraint:
+    """Σ weights_i (bits_i − lowest) ≤ (target − lowest) Σ weights_i over the blocks; the outer players are free."""
+    weights = [0 if player.block is None else player.weights for player in players]
+    costs = tuple(tuple(count * (bits - types[0]) for bits in types) for count in weights)
+    return Constraint("average bits", "bits", costs, int((target - types[0]) * sum(weights)))
+
+
+def _allocation(
+    sizes: "_Sizes", problem: Problem, solution: Solution | None, choice: Choice, profile_sha256: str
+) -> Allocation:
+    spec, request = sizes.spec, sizes.request
+    bits = sizes.bits(choice)
+    types = sizes.types(bits)
+    file_bytes = sizes.header_bytes + data_bytes(spec, types)
+    return Allocation(
+        model_name=spec.name,
+        model_sha256=spec.content_sha256,
+        profile_sha256=profile_sha256,
+        device=request.device.name,
+        context_tokens=request.context_tokens,
+        kv_type=request.kv_type,
+        alpha=request.alpha,
+        types=request.types,
+        problem=problem,
+        players=sizes.kind,
+        player_bits=bits,
+        objective=problem.objective(choice),
+        lower_bound=solution.lower_bound if solution else None,
+        relaxation_bound=solution.relaxation_bound if solution else None,
+        outer_type=sizes.outer_type,
+        tensor_types=types,
+        header_bytes=sizes.header_bytes,
+        budget_bytes=sizes.file_budget_bytes(types),
+        predicted_file_bytes=file_bytes,
+        average_bits=average_bits(sizes.players, bits),
+        bits_per_weight=8 * file_bytes / spec.weights,
+    )
 
 
 def _feasible(
@@ -140,7 +213,7 @@ def _feasible(
     _require_sane(request)
     sizes = _Sizes(spec, header_bytes, request, players)
     constraints = tuple(sizes.constraints())
-    sizes.require_all_2_bit_fits(constraints)
+    sizes.require_some_choice(constraints)
     return sizes, constraints
 
 
@@ -148,75 +221,108 @@ class _Sizes:
     """The bytes of a model's possible files, and what a request leaves for them."""
 
     def __init__(self, spec: ModelSpec, header_bytes: int, request: Request, players: PlayerKind) -> None:
-        self.players = players_of(spec, players)
-        self._kind: PlayerKind = players
-        self._spec = spec
-        self._header_bytes = header_bytes
-        self._request = request
-        self._all_2 = (2,) * len(self.players)
+        self.spec = spec
+        self.header_bytes = header_bytes
+        self.request = request
+        self.kind = players
+        self.players = players_of(spec, players, outer=request.is_ladder)
+        self.outer_type = None if request.is_ladder else request.outer_type
+        self._lowest = (0,) * len(self.players)
         limits = (request.file_budget_bytes, request.device.max_file_bytes)
         self._file_limit_bytes = min((limit for limit in limits if limit is not None), default=None)
         self._device_bytes = weight_budget_bytes(
             spec.hyperparameters, request.device, context_tokens=request.context_tokens, kv_type=request.kv_type
         )
 
+    def bits(self, choice: Choice) -> tuple[int, ...]:
+        return tuple(self.request.types[kind] for kind in choice)
+
     def types(self, bits: tuple[int, ...]) -> dict[str, TensorType]:
-        return tensor_types(self._spec, [BLOCK_TYPES[b] for b in bits], self._request.outer_type, self._kind)
+        return tensor_types(self.spec, [LADDER[b] for b in bits], self.outer_type, self.kind)
 
     def constraints(self) -> list[Constraint]:
-        """Return every budget of the request, less what everything at 2 bit takes."""
-        memory_costs, file_costs = [], []
-        for index in range(len(self.players)):
-            promoted = tuple(4 if i == index else 2 for i in range(len(self.players)))
-            memory_costs.append(self._resident_bytes(promoted) - self._resident_bytes(self._all_2))
-            file_costs.append(self._file_bytes(promoted) - self._file_bytes(self._all_2))
-        found = [
-            Constraint(
-                "device memory", "bytes", tuple(memory_costs), self._device_bytes - self._resident_bytes(self._all_2)
-            )
-        ]
+        """Return every budget of the request, less what everything at the lowest type takes."""
+        left = self._device_bytes - self._resident_bytes(self._lowest)
+        found = [Constraint("device memory", "bytes", self._costs(self._resident), left)]
         if self._file_limit_bytes is not None:
-            left = self._file_limit_bytes - self._file_bytes(self._all_2)
-            found.append(Constraint("file budget", "bytes", tuple(file_costs), left))
-        if self._request.average_bits is not None:
-            found.append(_average_bits_constraint(self.players, self._request.average_bits))
+            left = self._file_limit_bytes - self._file_bytes(self._lowest)
+            found.append(Constraint("file budget", "bytes", self._costs(data_bytes), left))
+        if self.request.average_bits is not None:
+            found.append(_average_bits_constraint(self.players, self.request.types, self.request.average_bits))
         return found
 
-    def require_all_2_bit_fits(self, constraints: tuple[Constraint, ...]) -> None:
-        for constraint in constraints:
-            if constraint.budget >= 0:
-                continue
-            device, smallest = self._request.device, self._resident_bytes(self._all_2)
-            if constraint.name == "file budget":
-                raise AllocationError(
-                    f"A budget of {self._file_limit_bytes} bytes cannot hold {self._spec.name} even with every block "
-                    f"at 2 bit; the smallest that works is --budget {self._file_bytes(self._all_2)}."
-                )
-            raise AllocationError(
-                f"{device.name} leaves {max(0, self._device_bytes)} bytes for the weights of {self._spec.name} at a "
-                f"context of {self._request.context_tokens} tokens, but every block at 2 bit takes {smallest}; "
-                "use a shorter --context, --kv-type q8_0, a larger device or a smaller model."
+    def _costs(self, measure: Callable[[ModelSpec, TensorTypes], int]) -> tuple[tuple[int, ...], ...]:
+        """Return what each type costs a player beyond its lowest; both measures are sums over tensors."""
+        uniform = [self.types((bits,) * len(self.players)) for bits in self.request.types]
+        costs = []
+        for player in self.players:
+            alone = dataclasses.replace(self.spec, tensors=player.tensors)
+            sizes = [measure(alone, types) for types in uniform]
+            costs.append(tuple(size - sizes[0] for size in sizes))
+        return tuple(costs)
+
+    def require_some_choice(self, constraints: tuple[Constraint, ...]) -> None:
+        """Refuse budgets that no choice keeps; the last one asked about, --budget, is told the smallest that works."""
+        if all(constraint.budget >= 0 for constraint in constraints):
+            return  # everything at the lowest type will do
+        kept: tuple[Constraint, ...] = ()
+        for constraint in sorted(constraints, key=lambda c: c.name == "file budget"):
+            choice = least(constraint, kept)
+            if constraint.used(choice) > constraint.budget:
+                raise AllocationError(self._refusal(constraint, choice))
+            kept += (constraint,)
+
+    def _refusal(self, constraint: Constraint, smallest: Choice) -> str:
+        """Say that even ``smallest``, the choice that takes the least, is too large."""
+        request, name = self.request, self.spec.name
+        what = "everything" if request.is_ladder else "every block"
+        what += f" at {request.types[0]} bit" if smallest == self._lowest else " at the type that takes the least"
+        if constraint.name == "file budget":
+            return (
+                f"A budget of {self._file_limit_bytes} bytes cannot hold {name} even with {what}; "
+                f"the smallest that works is --budget {self._file_bytes(smallest)}."
             )
+        if constraint.name == "average bits":
+            assert request.average_bits is not None
+            enough = math.ceil(1e6 * average_bits(self.players, self.bits(smallest))) / 1e6
+            return (
+                f"--average-bits {float(request.average_bits):g} is too few for {name} on {request.device.name}, where "
+                f"fewer bits can take more memory; ask for {enough:.6f} or more."
+            )
+        return (
+            f"{request.device.name} leaves {max(0, self._device_bytes)} bytes for the weights of {name} at a "
+            f"context of {request.context_tokens} tokens, but {what} takes {self._resident_bytes(smallest)}; "
+            "use a shorter --context, --kv-type q8_0, a larger device or a smaller model."
+        )
 
     def file_budget_bytes(self, types: dict[str, TensorType]) -> int:
         """Return the largest file the device and --budget allow, given these types' repacked copies."""
-        repacked = resident_bytes(self._spec, types, self._request.device) - data_bytes(self._spec, types)
+        repacked = self._resident(self.spec, types) - data_bytes(self.spec, types)
         allowed = self._device_bytes - repacked
         return allowed if self._file_limit_bytes is None else min(allowed, self._file_limit_bytes)
 
-    def _resident_bytes(self, bits: tuple[int, ...]) -> int:
-        return self._header_bytes + resident_bytes(self._spec, self.types(bits), self._request.device)
+    def _resident(self, spec: ModelSpec, types: TensorTypes) -> int:
+        return resident_bytes(spec, types, self.request.device)
 
-    def _file_bytes(self, bits: tuple[int, ...]) -> int:
-        return self._header_bytes + data_bytes(self._spec, self.types(bits))
+    def _resident_bytes(self, choice: Choice) -> int:
+        return self.header_bytes + self._resident(self.spec, self.types(self.bits(choice)))
+
+    def _file_bytes(self, choice: Choice) -> int:
+        return self.header_bytes + data_bytes(self.spec, self.types(self.bits(choice)))
 
 
 def _require_sane(request: Request) -> None:
+    if not are_types(request.types):
+        raise AllocationError(
+            f"--types {listed(request.types)} is no ladder; give two or more of {listed(tuple(LADDER))}, ascending."
+        )
     if not 0 <= request.alpha <= 1:
         raise AllocationError(f"--alpha {request.alpha} is outside 0…1; the paper takes 0.5, and 1 drops interactions.")
-    if request.average_bits is not None and not 2 <= request.average_bits <= 4:
+    low, high = request.types[0], request.types[-1]
+    if request.average_bits is not None and not low <= request.average_bits <= high:
+        what = f"--types {listed(request.types)}" if request.is_ladder else "the two versions of a block"
         raise AllocationError(
-            f"--average-bits {float(request.average_bits):g} is outside 2…4, the bits of the two versions of a block."
+            f"--average-bits {float(request.average_bits):g} is outside {low}…{high}, the bits of {what}."
         )
     if request.context_tokens < 1:
         raise AllocationError(f"--context {request.context_tokens} is not a number of tokens; ask for 1 or more.")

@@ -6,19 +6,22 @@ from typing import ClassVar
 
 from impq_edge.devices.profile import KvType
 from impq_edge.errors import AllocationError
-from impq_edge.ggml.types import BLOCK_TYPES, TensorType
-from impq_edge.impq.problem import Problem
+from impq_edge.ggml.types import BLOCK_TYPES, LADDER, TensorType
+from impq_edge.impq.problem import Choice, Problem
 from impq_edge.model.players import Player, PlayerKind, players_of
 from impq_edge.model.recipe import data_bytes, tensor_types
 from impq_edge.model.spec import ModelSpec
 from impq_edge.records import Record
 
+PUBLISHED_TYPES = tuple(BLOCK_TYPES)
+"""The bits of the paper's program, in which embedding and head are no players."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Allocation(Record):
-    """A model's recipe for one device (N players), with everything needed to recompute what it claims."""
+    """A model's recipe for one device (N players, T types), with everything needed to recompute what it claims."""
 
-    SCHEMA: ClassVar[str] = "impq-edge.allocation/2"
+    SCHEMA: ClassVar[str] = "impq-edge.allocation/3"
 
     model_name: str
     model_sha256: str  # content of the checkpoint
@@ -27,13 +30,14 @@ class Allocation(Record):
     context_tokens: int
     kv_type: KvType
     alpha: float
+    types: tuple[int, ...]  # (T,), bits a player may have, ascending
     problem: Problem
-    players: PlayerKind
+    players: PlayerKind  # of the blocks; with other types than 2 and 4, embedding and head follow them
     player_bits: tuple[int, ...]  # (N,)
-    objective: float  # nats per token: the program's estimate of the loss increase over all-4-bit
+    objective: float  # nats per token: the program's estimate; with types 2 and 4 of the increase over all-4-bit
     lower_bound: float | None  # proven; None where everything fits at 4 bit and nothing had to be solved
     relaxation_bound: float | None  # of the continuous relaxation
-    outer_type: TensorType  # embedding and head
+    outer_type: TensorType | None  # embedding and head, None where they are players
     tensor_types: dict[str, TensorType]
     header_bytes: int
     budget_bytes: int  # the largest file that meets the device and --budget
@@ -42,14 +46,14 @@ class Allocation(Record):
     bits_per_weight: float  # file bytes over all weights
 
     @property
-    def demoted(self) -> tuple[int, ...]:
-        """The program's q, (N,): 1 where a player is at 2 bit."""
-        return tuple(int(bits == 2) for bits in self.player_bits)
+    def choice(self) -> Choice:
+        """The program's answer, (N,): the index of every player's type."""
+        return tuple(self.types.index(bits) for bits in self.player_bits)
 
     @property
     def everything_fits(self) -> bool:
-        """Whether everything is at 4 bit because the budget allows it."""
-        return self.lower_bound is None
+        """Whether everything is at the highest type because the budget allows it."""
+        return set(self.player_bits) == {self.types[-1]}
 
     def check(self, spec: ModelSpec) -> None:
         """Recompute objective, budgets and bytes, trusting nothing that was stored.
@@ -64,27 +68,65 @@ class Allocation(Record):
                 f"The allocation was made for {self.model_name} ({self.model_sha256[:12]}…), not for these weights "
                 f"({spec.content_sha256[:12]}…); allocate again from a profile of this model."
             )
-        n_players = len(players_of(spec, self.players))
-        lengths = {len(self.player_bits), len(self.problem.linear), len(self.problem.quadratic)}
-        lengths |= {len(row) for row in self.problem.quadratic} | {len(c.costs) for c in self.problem.constraints}
-        if lengths != {n_players} or not set(self.player_bits) <= BLOCK_TYPES.keys():
-            raise AllocationError(f"The allocation is not one of 2 or 4 bit for {n_players} players; allocate again.")
-        types = tensor_types(spec, [BLOCK_TYPES[bits] for bits in self.player_bits], self.outer_type, self.players)
+        if not are_types(self.types) or (self.outer_type is None) == (self.types == PUBLISHED_TYPES):
+            outer = self.outer_type or "a choice of them"
+            raise AllocationError(
+                f"The allocation's types are {listed(self.types)} bit, with {outer} for embedding and head, which do "
+                "not go together; allocate again."
+            )
+        who = players_of(spec, self.players, outer=self.outer_type is None)
+        if not self._is_of(who):
+            raise AllocationError(
+                f"The allocation is not one of {listed(self.types)} bit for {len(who)} players; allocate again."
+            )
+        types = tensor_types(spec, [LADDER[bits] for bits in self.player_bits], self.outer_type, self.players)
         size = self.header_bytes + data_bytes(spec, types)
+        objective = self.problem.objective(self.choice)
+        bound = self._unsolved_bound() if self.lower_bound is None else self.lower_bound
         claims = {
             "tensor_types": (self.tensor_types == types, True),
             "predicted_file_bytes": (self.predicted_file_bytes, size),
             "bits_per_weight": (self.bits_per_weight, 8 * size / spec.weights),
-            "average_bits": (self.average_bits, average_bits(players_of(spec, self.players), self.player_bits)),
-            "feasibility": (self.problem.is_feasible(self.demoted) and size <= self.budget_bytes, True),
+            "average_bits": (self.average_bits, average_bits(who, self.player_bits)),
+            "feasibility": (self.problem.is_feasible(self.choice) and size <= self.budget_bytes, True),
+            "bound below its objective": (bound <= objective + 1e-9, True),
         }
         for name, (claimed, found) in claims.items():
             if claimed != found:
                 raise AllocationError(f"The allocation's {name} is {claimed}, recomputed {found}; allocate again.")
-        if abs(self.objective - self.problem.objective(self.demoted)) > 1e-9:
+        if abs(self.objective - objective) > 1e-9:
             raise AllocationError("The allocation's objective does not follow from its problem; allocate again.")
+
+    def _unsolved_bound(self) -> float:
+        """No bound was needed where everything is at 4 bit; anything else has to have one."""
+        unneeded = self.types == PUBLISHED_TYPES and self.everything_fits
+        return float("-inf") if unneeded else float("inf")
+
+    def _is_of(self, who: Sequence[Player]) -> bool:
+        """Whether everything has the shape of these players and types."""
+        problem, n_types = self.problem, len(self.types)
+        inside = sum(player.block is not None for player in who)
+        tables = [problem.losses, *(constraint.costs for constraint in problem.constraints)]
+        return (
+            len(self.player_bits) == len(who)
+            and set(self.player_bits) <= set(self.types)
+            and all(len(table) == len(who) and {len(row) for row in table} == {n_types} for table in tables)
+            and len(problem.quadratic) in (0, inside)
+            and all(len(row) == len(problem.quadratic) for row in problem.quadratic)
+        )
+
+
+def are_types(types: Sequence[int]) -> bool:
+    """Whether these are bits that a player may choose from: two or more of the ladder's, ascending."""
+    return len(types) > 1 and set(types) <= LADDER.keys() and list(types) == sorted(set(types))
+
+
+def listed(types: Sequence[int]) -> str:
+    """Return types as the command line writes them, such as 2,3,4."""
+    return ",".join(map(str, types))
 
 
 def average_bits(players: Sequence[Player], bits: Sequence[int]) -> float:
     """Return the nominal bits of the blocks' matrices, weighted by their number of weights."""
-    return sum(p.weights * b for p, b in zip(players, bits, strict=True)) / sum(p.weights for p in players)
+    inside = [(p.weights, b) for p, b in zip(players, bits, strict=True) if p.block is not None]
+    return sum(weights * b for weights, b in inside) / sum(weights for weights, _ in inside)

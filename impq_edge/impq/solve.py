@@ -1,15 +1,17 @@
 """Exact solution by HiGHS, through a sequence of mixed-integer linear programs.
 
-On binaries q_i² = q_i, so the diagonal can be shifted until the quadratic form is convex; a convex function lies
-above its tangents, so the program with t ≥ tangents in place of t = qᵀKq bounds the optimum from below (outer
-approximation: Duran & Grossmann 1986). Tangents are added where answers are found, the first one at the optimum
-of the continuous relaxation, until bound and answer meet. The paper instead introduces y_ij = q_i q_j for every
-pair, which needs N² variables and bounds weakly: it took longer from 16 players on.
+A binary z_it says that player i takes type t, and Σ_t z_it = 1; x_i = z_i0. On binaries x_i² = x_i, so the diagonal
+of K can be shifted until the quadratic form is convex; a convex function lies above its tangents, so the program with
+s ≥ tangents in place of s = xᵀKx bounds the optimum from below (outer approximation: Duran & Grossmann 1986).
+Tangents are added where answers are found, the first one at the optimum of the continuous relaxation, until bound and
+answer meet. The paper instead introduces y_ij = x_i x_j for every pair, which needs N² variables and bounds weakly: it
+took longer from 16 players on. Tangents hold every pair, so none has to be left out, however many types there are.
 """
 
 import dataclasses
 import math
 import time
+from typing import Any
 
 import numpy as np
 import qpsolvers
@@ -17,12 +19,13 @@ from numpy.typing import NDArray
 from scipy import optimize, sparse
 
 from impq_edge.errors import AllocationError
-from impq_edge.impq.problem import Problem
+from impq_edge.impq.problem import Choice, Constraint, Problem
+from impq_edge.impq.quiet import c_stdout_dropped
 
 _PROVEN_GAP = 1e-6
 """Objective and bound may differ by this share of the objective's scale: HiGHS works to 1e-6 or 1e-7."""
 _MAX_CUTS = 100
-_SOLVE_ERROR = 4  # of scipy.optimize.milp's statuses
+_INFEASIBLE, _SOLVE_ERROR = 2, 4  # of scipy.optimize.milp's statuses
 _SCALED_TO = 1e3  # HiGHS's tolerances are absolute; losses in nats are far below 1
 
 
@@ -30,141 +33,199 @@ _SCALED_TO = 1e3  # HiGHS's tolerances are absolute; losses in nats are far belo
 class Solution:
     """An answer with what proves it."""
 
-    demoted: tuple[int, ...]  # q, (N,): 1 puts the player at 2 bit
+    choice: Choice  # (N,): index of every player's type
     objective: float  # recomputed from the problem, not the solver's word
-    lower_bound: float  # no feasible q is better: branch and bound's dual bound
+    lower_bound: float  # no feasible choice is better: branch and bound's dual bound
     relaxation_bound: float  # of the continuous relaxation: how much of the proof convexity alone gives
 
+    @property
+    def gap(self) -> float:
+        """By how much a better answer could at most be better, in nats per token."""
+        return self.objective - self.lower_bound
 
-def solve(problem: Problem, time_limit_s: float = 600.0) -> Solution:
+
+def solve(problem: Problem, relative_gap: float = 0.0, time_limit_s: float = 600.0) -> Solution:
     """Solve the program to proven optimality.
+
+    Parameters
+    ----------
+    relative_gap
+        Share of the objective that may stay between it and its bound, beyond the solver's precision.
 
     Raises
     ------
     AllocationError
-        When a budget is below zero, or optimality is not proven within the time limit.
+        When no choice keeps every budget, or optimality is not proven within the time limit.
     """
     for constraint in problem.constraints:
-        if constraint.budget < 0:
+        missing = sum(map(min, constraint.costs)) - constraint.budget
+        if missing > 0:
             raise AllocationError(
-                f"The {constraint.name} is {-constraint.budget} {constraint.unit} too small even with every block "
-                "at 2 bit; raise it by at least that much."
+                f"The {constraint.name} is {missing} {constraint.unit} too small even with every player at the type "
+                "that takes the least; raise it by at least that much."
             )
-    return _OuterApproximation(problem, time_limit_s).solve()
+    return _OuterApproximation(problem, relative_gap, time_limit_s).solve()
+
+
+def least(constraint: Constraint, others: tuple[Constraint, ...]) -> Choice:
+    """Return the choice that takes the least of a constraint's budget and keeps those of ``others``.
+
+    Raises
+    ------
+    AllocationError
+        As :func:`solve`, when none keeps those.
+    """
+    choice = tuple(row.index(min(row)) for row in constraint.costs)
+    if all(other.used(choice) <= other.budget for other in others):
+        return choice
+    return solve(Problem(tuple(tuple(map(float, row)) for row in constraint.costs), (), others)).choice
 
 
 class _OuterApproximation:
-    """min lᵀq + qᵀQq with Q convex, scaled so that the solvers' absolute tolerances mean something."""
+    """min Σ l_it z_it + xᵀQx with Q convex, scaled so that the solvers' absolute tolerances mean something.
 
-    def __init__(self, problem: Problem, time_limit_s: float) -> None:
+    The solver's variables are z, player by player, and s.
+    """
+
+    def __init__(self, problem: Problem, relative_gap: float, time_limit_s: float) -> None:
         self._problem = problem
+        self._relative_gap = relative_gap
         self._deadline = time.monotonic() + time_limit_s
         self._limit_s = time_limit_s
-        self._factor = _SCALED_TO / _scale(problem)
-        quadratic = np.array(problem.quadratic) * self._factor
-        least = float(np.linalg.eigvalsh(quadratic)[0])  # above zero for a covariance: then the shift tightens
-        self._quadratic = quadratic - least * np.eye(len(quadratic))
-        self._linear = np.array(problem.linear) * self._factor + least
-        self._budgets = _budgets(problem)
-        self._tangents: list[NDArray[np.float64]] = []  # points q at which t is bounded
+        self._scale = _scale(problem)
+        self._factor = _SCALED_TO / self._scale
+        n_pairs = len(problem.quadratic)
+        losses = np.array(problem.losses) * self._factor
+        quadratic = np.array(problem.quadratic).reshape(n_pairs, n_pairs) * self._factor
+        if n_pairs:
+            least = float(np.linalg.eigvalsh(quadratic)[0])  # above zero for a covariance: then the shift tightens
+            quadratic -= least * np.eye(n_pairs)
+            losses[:n_pairs, 0] += least
+        self._n_players, self._n_types = losses.shape
+        self._losses = losses.ravel()
+        self._quadratic = quadratic
+        self._lowest = self._n_types * np.arange(n_pairs)  # where x is among the z
+        self._budgets, self._limits = _budgets(problem)
+        self._one_each = sparse.kron(sparse.eye(self._n_players), np.ones((1, self._n_types)), format="csr")
+        self._tangents: list[NDArray[np.float64]] = []  # points x at which s is bounded
 
     def solve(self) -> Solution:
         """Add tangents, and cut off answers that miss a budget by less than the solver's tolerance."""
         relaxation = self._relaxation()
-        best: tuple[int, ...] | None = None
-        refused: list[tuple[int, ...]] = []
+        best: Choice | None = None
+        refused: list[Choice] = []
         while len(refused) < _MAX_CUTS:
-            demoted, bound = self._linear_program(refused)
-            if not self._problem.is_feasible(demoted):  # only such answers are cut off: the bound holds for all others
-                refused.append(demoted)
+            choice, bound = self._linear_program(refused)
+            if not self._problem.is_feasible(choice):  # only such answers are cut off: the bound holds for all others
+                refused.append(choice)
                 continue
-            if best is None or self._problem.objective(demoted) < self._problem.objective(best):
-                best = demoted
+            if best is None or self._problem.objective(choice) < self._problem.objective(best):
+                best = choice
             objective = self._problem.objective(best)
-            if objective - bound <= _PROVEN_GAP * _scale(self._problem):
+            point = np.array([float(kind == 0) for kind in choice[: len(self._lowest)]])
+            # A ladder's objective can be far below its scale; but where s is exact, another tangent gains nothing.
+            exact = any(np.array_equal(point, tangent) for tangent in self._tangents)
+            precision = _PROVEN_GAP * self._scale if exact or not self._relative_gap else 0.0
+            if objective - bound <= max(precision, self._relative_gap * abs(objective)):
                 return Solution(best, objective, min(bound, objective), min(relaxation, objective))
             if time.monotonic() > self._deadline:
                 raise AllocationError(
                     f"HiGHS did not prove optimality within {self._limit_s:g} s: objective {objective:g}, bound "
                     f"{bound:g}; drop the interactions with --alpha 1, or allow more time."
                 )
-            self._tangents.append(np.array(demoted, dtype=np.float64))
+            self._tangents.append(point)
         raise AllocationError(f"HiGHS's answers miss a budget by a few bytes {_MAX_CUTS} times; lower it a little.")
 
-    def _linear_program(self, refused: list[tuple[int, ...]]) -> tuple[tuple[int, ...], float]:
-        """Minimise lᵀq + t over q and t ≥ 2 pᵀQ q − pᵀQ p for every tangent's point p."""
-        n_players = len(self._linear)
-        points = np.array(self._tangents)
-        slopes = np.column_stack([2 * points @ self._quadratic, -np.ones(len(points))])
-        offsets = np.einsum("pi,ij,pj->p", points, self._quadratic, points)
-        largest = np.abs(self._quadratic).sum()  # no t needs to be above
+    def _linear_program(self, refused: list[Choice]) -> tuple[Choice, float]:
+        """Minimise Σ l_it z_it + s over z and s ≥ 2 pᵀQ x − pᵀQ p for every tangent's point p."""
+        size = len(self._losses)
+        largest = np.abs(self._quadratic).sum()  # no s needs to be above
         for presolve in (True, False):  # HiGHS's presolve can end in "Solve error" on a program it then solves
-            result = optimize.milp(
-                np.append(self._linear, 1.0),
-                integrality=np.append(np.ones(n_players), 0),
-                bounds=optimize.Bounds(0, np.append(np.ones(n_players), largest)),
-                constraints=[
-                    optimize.LinearConstraint(slopes, ub=offsets),
-                    *self._budgets,
-                    *(_other_than(answer) for answer in refused),
-                ],
-                options={
-                    "mip_rel_gap": 0.0,
-                    "time_limit": max(1.0, self._deadline - time.monotonic()),
-                    "presolve": presolve,
-                },
-            )
+            with c_stdout_dropped():
+                result = optimize.milp(
+                    np.append(self._losses, 1.0),
+                    integrality=np.append(np.ones(size), 0),
+                    bounds=optimize.Bounds(0, np.append(np.ones(size), largest)),
+                    constraints=[
+                        optimize.LinearConstraint(_with_column(self._one_each), lb=1, ub=1),
+                        optimize.LinearConstraint(_with_column(self._budgets), ub=self._limits),
+                        self._above_tangents(),
+                        *(self._other_than(answer) for answer in refused),
+                    ],
+                    options={
+                        "mip_rel_gap": 0.75 * self._relative_gap,  # the rest is for the tangents
+                        "time_limit": max(1.0, self._deadline - time.monotonic()),
+                        "presolve": presolve,
+                    },
+                )
             if result.status != _SOLVE_ERROR:
                 break
+        if result.status == _INFEASIBLE:
+            names = " and ".join(constraint.name for constraint in self._problem.constraints)
+            raise AllocationError(f"No choice of types keeps {names} at once; raise one of them.")
         if result.x is None:
             raise AllocationError(f"HiGHS found no allocation ({result.message}); raise the budget or the time limit.")
-        demoted = tuple(int(value > 0.5) for value in result.x[:n_players])
-        return demoted, float(result.mip_dual_bound) / self._factor
+        chosen = result.x[:size].reshape(self._n_players, self._n_types).argmax(axis=1)
+        return tuple(chosen.tolist()), float(result.mip_dual_bound) / self._factor
+
+    def _above_tangents(self) -> optimize.LinearConstraint:
+        points = np.array(self._tangents)
+        slopes = np.zeros((len(points), len(self._losses) + 1))
+        slopes[:, self._lowest] = 2 * points @ self._quadratic
+        slopes[:, -1] = -1
+        return optimize.LinearConstraint(slopes, ub=np.einsum("pi,ij,pj->p", points, self._quadratic, points))
+
+    def _other_than(self, answer: Choice) -> optimize.LinearConstraint:
+        """Σ_i z_it ≤ N − 1 over the types of an answer: any choice but this one."""
+        row = np.zeros((1, len(self._losses) + 1))
+        row[0, self._n_types * np.arange(self._n_players) + np.array(answer)] = 1
+        return optimize.LinearConstraint(row, ub=self._n_players - 1)
 
     def _relaxation(self) -> float:
         """Return a bound of the continuous relaxation, whose optimum becomes the first tangent's point.
 
         The primal value less the duality gap is a bound even where the solver stopped early.
         """
-        ones = np.ones(len(self._linear))
+        size = len(self._losses)
+        hessian = np.zeros((size, size))
+        hessian[np.ix_(self._lowest, self._lowest)] = 2 * self._quadratic
         task = qpsolvers.Problem(
-            P=sparse.csc_matrix(2 * self._quadratic),
-            q=self._linear,
-            G=sparse.csc_matrix(np.concatenate([c.A for c in self._budgets])[:, :-1]),
-            h=np.concatenate([c.ub for c in self._budgets]),
-            lb=0 * ones,
-            ub=ones,
+            P=sparse.csc_matrix(hessian),
+            q=self._losses,
+            G=sparse.csc_matrix(self._budgets),
+            h=self._limits,
+            A=sparse.csc_matrix(self._one_each),
+            b=np.ones(self._n_players),
+            lb=np.zeros(size),
+            ub=np.ones(size),
         )
         solution = qpsolvers.solve_problem(task, solver="clarabel")
         if solution.x is None:
             raise AllocationError("The continuous relaxation has no solution; check the profile's covariance.")
-        self._tangents.append(np.clip(solution.x, 0, 1))
-        value = solution.x @ self._quadratic @ solution.x + self._linear @ solution.x
+        lowest = solution.x[self._lowest]
+        self._tangents.append(np.clip(lowest, 0, 1))
+        value = lowest @ self._quadratic @ lowest + self._losses @ solution.x
         return float(value - abs(solution.duality_gap())) / self._factor
 
 
-def _budgets(problem: Problem) -> list[optimize.LinearConstraint]:
-    """Σ c_i (1 − q_i) ≤ B as −Σ c_i q_i ≤ B − Σ c_i, divided by the largest cost for the solver's tolerances.
-
-    The last column is t's.
-    """
-    constraints = []
-    for constraint in problem.constraints:
-        costs = np.array(constraint.costs, dtype=np.float64)
-        unit = math.gcd(*constraint.costs) or 1  # players of one size then cost 1 each, exactly
-        scale = max(1.0, costs.max(initial=0.0))
-        row = np.append(-costs, 0.0) / scale
-        limit = (constraint.budget // unit * unit - costs.sum()) / scale
-        constraints.append(optimize.LinearConstraint(row[None, :], ub=np.array([limit])))
-    return constraints
+def _budgets(problem: Problem) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return Σ c_it z_it ≤ B for every constraint, divided by its largest cost for the solver's tolerances."""
+    rows = np.zeros((len(problem.constraints), len(problem.losses) * len(problem.losses[0])))
+    limits = np.zeros(len(rows))
+    for index, constraint in enumerate(problem.constraints):
+        costs = [cost for row in constraint.costs for cost in row]
+        unit = math.gcd(*costs) or 1  # players of one size then cost 1 each, exactly
+        scale = float(max(1, *map(abs, costs)))
+        rows[index] = np.array(costs) / scale
+        limits[index] = constraint.budget // unit * unit / scale
+    return rows, limits
 
 
-def _other_than(answer: tuple[int, ...]) -> optimize.LinearConstraint:
-    """Σ over ones (1 − q_i) + Σ over zeros q_i ≥ 1: any q but this one."""
-    signs = np.array([-1.0 if q else 1.0 for q in answer])
-    return optimize.LinearConstraint(np.append(signs, 0.0)[None, :], lb=1.0 - sum(answer))
+def _with_column(rows: Any) -> Any:
+    """Append a column of zeros, for s, to a sparse or dense array."""
+    return sparse.hstack([sparse.csr_matrix(rows), sparse.csr_matrix((rows.shape[0], 1))], format="csr")
 
 
 def _scale(problem: Problem) -> float:
-    largest = max(np.abs(problem.linear).max(initial=0.0), np.abs(np.array(problem.quadratic)).max(initial=0.0))
+    largest = max(np.abs(problem.losses).max(initial=0.0), np.abs(np.array(problem.quadratic)).max(initial=0.0))
     return float(largest) or 1.0

@@ -25,6 +25,10 @@ class Windows:
     tokens: NDArray[np.int64]  # (windows, window length)
     text_sha256: str
 
+    def first(self, tokens: int) -> "Windows":
+        """Return the first windows, at most so many tokens of them and at least one window."""
+        return Windows(self.tokens[: max(1, tokens // self.tokens.shape[1])], self.text_sha256)
+
 
 def read_windows(directory: Path, text: Path, tokens: int, window_tokens: int) -> Windows:
     """Tokenise a text once and cut it into windows, dropping what is left over.

@@ -13,7 +13,7 @@ from typing import Any
 from impq_edge.errors import ModelError
 
 _LICENCES = ("LICENSE*", "NOTICE*")
-_FILES = ("*.json", "tokenizer.model", "merges.txt", "*.jinja", "model*.safetensors", *_LICENCES)
+_FILES = ("README.md", "*.json", "tokenizer.model", "merges.txt", "*.jinja", "model*.safetensors", *_LICENCES)
 _NOT_FILES = ("*/*",)  # folders hold other exports of the same weights
 
 

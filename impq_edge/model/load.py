@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from impq_edge.errors import ModelError
 from impq_edge.model.spec import ModelSpec, TensorSpec
+from impq_edge.model.weights import find_tensor, require_finite
 
 if TYPE_CHECKING:
     import torch
@@ -24,24 +25,9 @@ def read_tensor(directory: Path, tensor: TensorSpec) -> NDArray[np.float32]:
     ModelError
         When the shard cannot be read or a weight is NaN or infinite.
     """
-    from safetensors import SafetensorError, safe_open
-
-    assert tensor.shard is not None, f"{tensor.name} is derived, not stored"
-    path = directory / tensor.shard
-    try:
-        with safe_open(path, framework="pt") as file:  # numpy knows no bfloat16, torch does
-            values: NDArray[np.float32] = file.get_tensor(tensor.name).float().numpy()
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"Shard {path} cannot be read ({error}); download the checkpoint again.") from None
+    values = find_tensor(directory, tensor).rows(0, tensor.shape[0])
     require_finite(values, tensor.name)
     return values
-
-
-def require_finite(values: NDArray[np.float32], name: str) -> None:
-    """Refuse NaN and infinite weights: no format can store them and every loss would be NaN."""
-    bad = int(values.size - np.isfinite(values).sum())
-    if bad:
-        raise ModelError(f"Tensor {name!r} has {bad} NaN or infinite weights of {values.size}; use another checkpoint.")
 
 
 @contextlib.contextmanager
@@ -55,21 +41,13 @@ def _quiet() -> Iterator[None]:
         logging.disable(previous)
 
 
-def load_model(
-    directory: Path, spec: ModelSpec, device: "torch.device", dtype: "torch.dtype", *, blocks_on_host: bool = False
-) -> Any:
+def load_model(directory: Path, spec: ModelSpec, device: "torch.device", dtype: "torch.dtype") -> Any:
     """Load the checkpoint as a ``transformers`` causal language model, in evaluation mode, on ``device``.
 
-    With ``blocks_on_host`` its Transformer blocks stay in host memory, and ``accelerate`` moves each to the
-    device while it runs: for models larger than the GPU. Neither code nor pickles from the checkpoint are
-    ever run.
+    Neither code nor pickles from the checkpoint are ever run.
     """
     import transformers
 
-    # Scaled dot-product attention has no soft cap, so transformers itself asks for eager on Gemma-2.
-    attention = "eager" if spec.hyperparameters.attention_softcap else "sdpa"
-    major, minor = (int(part) for part in transformers.__version__.split(".")[:2])
-    dtype_argument = "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with _quiet():
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -77,15 +55,78 @@ def load_model(
             trust_remote_code=False,
             use_safetensors=True,
             local_files_only=True,
-            attn_implementation=attention,
-            **{dtype_argument: dtype},
-            **({} if device.type == "cpu" else {"device_map": _device_map(spec, device, blocks_on_host)}),
+            attn_implementation=_attention(spec),
+            dtype=dtype,
+            **({} if device.type == "cpu" else {"device_map": {"": device}}),  # straight from the file to the GPU
         )
     return model.eval().requires_grad_(False)
 
 
-def _device_map(spec: ModelSpec, device: "torch.device", blocks_on_host: bool) -> dict[str, Any]:
-    if not blocks_on_host:
-        return {"": device}  # straight from the file to the GPU
-    parts: dict[str, Any] = dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"], device)
-    return parts | {f"model.layers.{block}": "cpu" for block in range(spec.n_blocks)}
+def load_outside(directory: Path, spec: ModelSpec, device: "torch.device", dtype: "torch.dtype") -> Any:
+    """Load embedding, norm and head; the Transformer blocks are there without weights, for :func:`load_block`.
+
+    Raises
+    ------
+    ModelError
+        When a shard cannot be read.
+    """
+    import transformers
+    from accelerate import init_empty_weights
+
+    with _quiet():
+        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        with init_empty_weights(include_buffers=False):  # rotary frequencies and the like are computed, not stored
+            model: Any = transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=False, attn_implementation=_attention(spec), dtype=dtype
+            )
+    for tensor in spec.tensors:
+        if tensor.block is None and tensor.shard is not None:
+            _put(model, tensor.name, _read_as_stored(directory, tensor), device, dtype)
+    model.tie_weights()
+    for module in (model.model.embed_tokens, model.model.rotary_emb):
+        module.to(device)
+    return model.eval().requires_grad_(False)
+
+
+def load_block(
+    directory: Path, spec: ModelSpec, layer: "torch.nn.Module", block: int, device: "torch.device", dtype: "torch.dtype"
+) -> None:
+    """Give a block of :func:`load_outside`'s model its weights.
+
+    Raises
+    ------
+    ModelError
+        When a shard cannot be read.
+    """
+    for tensor in spec.tensors:
+        if tensor.block == block:
+            name = tensor.name.removeprefix(f"model.layers.{block}.")
+            _put(layer, name, _read_as_stored(directory, tensor), device, dtype)
+
+
+def _attention(spec: ModelSpec) -> str:
+    # Scaled dot-product attention has no soft cap, so transformers itself asks for eager on Gemma-2.
+    return "eager" if spec.hyperparameters.attention_softcap else "sdpa"
+
+
+def _put(
+    module: "torch.nn.Module", name: str, values: "torch.Tensor", device: "torch.device", dtype: "torch.dtype"
+) -> None:
+    import torch
+
+    path, _, attribute = name.rpartition(".")
+    parameter = torch.nn.Parameter(values.to(device).to(dtype), requires_grad=False)
+    setattr(module.get_submodule(path), attribute, parameter)
+
+
+def _read_as_stored(directory: Path, tensor: TensorSpec) -> "torch.Tensor":
+    from safetensors import SafetensorError, safe_open
+
+    assert tensor.shard is not None, f"{tensor.name} is derived, not stored"
+    path = directory / tensor.shard
+    try:
+        with safe_open(path, framework="pt") as file:
+            values: torch.Tensor = file.get_tensor(tensor.name)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"Shard {path} cannot be read ({error}); download the checkpoint again.") from None
+    return values

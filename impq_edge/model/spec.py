@@ -140,16 +140,15 @@ def _inventory(directory: Path, hyperparameters: HyperParameters) -> tuple[Tenso
         tensors.append(TensorSpec(ROPE_FACTORS, ROPE_FACTORS, shape, "vector", None, None))
     if hyperparameters.tied_embeddings:  # some checkpoints store the tied head a second time
         tensors = [tensor for tensor in tensors if tensor.role != "head"]
-    # Blocks in order, embedding first, then what follows the blocks: the order of the file we write.
+    # The order of the file we write. The embedding follows the blocks because a tied one is also the head, and what
+    # enters the head is known only when text has passed through all blocks.
     return tuple(sorted(tensors, key=_file_order))
 
 
 def _file_order(tensor: TensorSpec) -> tuple[int, int, str]:
-    if tensor.role == "embedding":
-        return (0, 0, tensor.gguf_name)
     if tensor.block is not None:
-        return (1, tensor.block, tensor.gguf_name)
-    return (2, 0, tensor.gguf_name)
+        return (0, tensor.block, tensor.gguf_name)
+    return (1, 0, tensor.gguf_name)
 
 
 def _tensor(name: str, shape: tuple[int, ...], shard: str, names: TensorNameMap) -> TensorSpec:

@@ -4,13 +4,17 @@ Every stage saves its record; a stage whose record is there and was made from th
 """
 
 import dataclasses
+import shutil
+from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import ClassVar
 
 from impq_edge.backends import Backend, load_backend, load_recorded
+from impq_edge.backends.kquant import KQuant
 from impq_edge.conversion.artifact import Artifact
+from impq_edge.conversion.encoder import EncodeOptions
 from impq_edge.data import data_path
 from impq_edge.devices.memory import MemoryPlan, memory_plan
 from impq_edge.devices.profile import DeviceProfile, KvType, load_device
@@ -19,13 +23,13 @@ from impq_edge.ggml.types import BLOCK_TYPES
 from impq_edge.impq.allocate import Request
 from impq_edge.impq.allocation import Allocation
 from impq_edge.model.players import players_of
-from impq_edge.model.recipe import tensor_types
-from impq_edge.model.source import DEMO, Source, find
+from impq_edge.model.source import DEMO, find
 from impq_edge.model.spec import ModelSpec
 from impq_edge.records import Record, atomic_path, read_text
 from impq_edge.releases.preview import Preview, preview
 from impq_edge.releases.report import Comparison, render
 from impq_edge.spqe.journal import to_text
+from impq_edge.spqe.ladder import LadderProfile
 from impq_edge.spqe.options import DEFAULT_WINDOW_TOKENS, GameOptions
 from impq_edge.spqe.profile import SensitivityProfile
 from impq_edge.spqe.run import COMPUTE_DTYPES, measure_coalitions
@@ -36,10 +40,11 @@ from impq_edge.stages import (
     allocation_request,
     calibration_windows,
     convert,
+    ladder,
     load_profile,
+    measured_types,
     open_model,
     profile,
-    record_path,
     require_allocatable,
     require_compute,
     require_rows,
@@ -57,7 +62,7 @@ class Build:
 
     directory: Path
     device: DeviceProfile
-    profile: SensitivityProfile
+    profile: SensitivityProfile | LadderProfile
     allocation: Allocation
     artifact: Artifact
     validation: ValidationReport
@@ -93,6 +98,7 @@ def build(
     alpha: float = 0.5,
     outer_type: str = "q6_k",
     allow_fallback: bool = False,
+    encode: str | None = None,
     text: Path | None = None,
     windows: int = DEFAULT_WINDOWS,
     command: str = "",
@@ -110,7 +116,9 @@ def build(
     game
         How sensitivity is measured.
     sensitivity
-        A finished sensitivity profile of this model, which spares the longest stage.
+        A finished sensitivity profile or ladder of this model, which spares the longest stage.
+    encode
+        How the file's K-quants are encoded; as in the game where that is played with K-quants.
     command
         The command that asked for the build, for the report.
     say
@@ -126,11 +134,15 @@ def build(
     """
     target = load_device(device) if isinstance(device, str) else device
     game = game or GameOptions()
-    load_backend(game.backend, **game.backend_settings)  # before anything is downloaded
+    backend = load_backend(game.backend, **game.backend_settings)  # before anything is downloaded
     compute = require_compute(game.compute)
+    encoding = EncodeOptions(
+        encode=backend.encode if isinstance(backend, KQuant) else encode, calibration=game.calibration,
+        calibration_tokens=game.calibration_tokens, window_tokens=game.window_tokens, compute=compute,
+    )  # fmt: skip
     request = allocation_request(
         target, context_tokens=context_tokens, kv_type=kv_type, budget_bytes=budget_bytes, average_bits=average_bits,
-        alpha=alpha, outer_type=outer_type,
+        alpha=alpha, outer_type=outer_type, types=game.types,
     )  # fmt: skip
     text_path = text or data_path("demo", "evaluation.txt")
     _require_measurable(text_path, windows, request)
@@ -139,8 +151,8 @@ def build(
     directory, spec = open_model(source, progress=progress)
     source = dataclasses.replace(source, directory=directory)
     require_rows(spec, allow_fallback)
-    require_allocatable(source, spec, request)
-    profile_path = out / "sensitivity.json"
+    require_allocatable(source, spec, request, game.players)
+    profile_path, kept = out / "sensitivity.json", out / "encoded"
     done = sensitivity is not None or profile_path.exists()
     cost = _preview(spec, game, windows, compute, played=done)
     say(_told(cost, out))
@@ -148,20 +160,30 @@ def build(
     if sensitivity is not None:
         found = load_profile(sensitivity)
         _require_same_model(found, spec, sensitivity)
-        _require_same_text(found, directory, game.calibration, sensitivity)
+        _require_same_text(found, directory, game.calibration, encoding, sensitivity)
+    elif game.is_ladder:
+        found = ladder(source, out=profile_path, game=game, allow_fallback=allow_fallback, say=say, progress=progress)
     else:
         found = profile(
-            source, out=profile_path, game=game, request=request, extend=False, allow_fallback=allow_fallback,
-            say=say, progress=progress,
+            source, out=profile_path, game=game, request=request, extend=False, kept=kept,
+            allow_fallback=allow_fallback, say=say, progress=progress,
         )  # fmt: skip
     allocation = allocate(
         found, device=target, context_tokens=context_tokens, kv_type=kv_type, budget_bytes=budget_bytes,
-        average_bits=average_bits, alpha=alpha, outer_type=outer_type, out=out / "allocation.json",
+        average_bits=average_bits, alpha=alpha, outer_type=outer_type,
+        types=measured_types(found) if sensitivity is not None and not game.is_ladder else game.types,
+        out=out / "allocation.json",
     )  # fmt: skip
     _tell_allocation(allocation, say)
 
     def finish(name: str, bits: int | None) -> tuple[Artifact, ValidationReport]:
-        artifact = _converted(source, spec, out / name, allocation, bits, allow_fallback, progress)
+        artifact = convert(
+            source, out=out / name, allocation=allocation if bits is None else None,
+            type=None if bits is None else BLOCK_TYPES[bits],
+            outer_type=None if bits is None else allocation.outer_type,
+            encode=encoding, kept=kept, allow_fallback=allow_fallback, say=say if bits is None else lambda _: None,
+            progress=progress,
+        )  # fmt: skip
         # The device's memory check, which fills the whole context, is for the file that ships.
         fill_s = FILL_S if bits is None else 0.0
         report = _validated(out / name, artifact, target, allocation, text_path, windows, fill_s, progress)
@@ -174,7 +196,7 @@ def build(
         else finish(f"uniform-{bits}bit.gguf", bits)
         for bits in (4, 2)
     }
-    losses = _backend_losses(directory, found, allocation, game.calibration, compute, out, progress)
+    losses = _backend_losses(directory, found, allocation, encoding, compute, out, progress)
     plan = memory_plan(
         spec, allocation.tensor_types, artifact.file_bytes, target,
         context_tokens=allocation.context_tokens, kv_type=allocation.kv_type,
@@ -182,6 +204,7 @@ def build(
     made = Build(out, target, found, allocation, artifact, validation, compared, plan)
     with atomic_path(out / "report.md") as temporary:
         temporary.write_text(render(_comparison(made, losses), command), "utf-8")
+    shutil.rmtree(kept, ignore_errors=True)
     return made
 
 
@@ -210,7 +233,7 @@ def _preview(spec: ModelSpec, game: GameOptions, windows: int, compute: str, *, 
     n_players = len(players_of(spec, game.players))
     return preview(
         spec,
-        evaluations=0 if played else game.permutations * (n_players - 1) + 2,
+        evaluations=0 if played else game.walks * (n_players - 1) + 2,
         tokens=game.tokens,
         validation_tokens=windows * DEFAULT_WINDOW_TOKENS,
         files=3,
@@ -231,17 +254,20 @@ def _told(cost: Preview, out: Path) -> str:
 def _tell_allocation(allocation: Allocation, say: Say) -> None:
     left = allocation.budget_bytes - allocation.predicted_file_bytes
     if allocation.everything_fits:
-        say(f"Everything fits {allocation.device} at 4 bit; {left / 2**20:,.1f} MiB would be left for more bits.")
-    else:
-        players = sum(bits == 4 for bits in allocation.player_bits)
         say(
-            f"{players} of {len(allocation.player_bits)} {allocation.players} at 4 bit, "
+            f"Everything fits {allocation.device} at {allocation.types[-1]} bit; {left / 2**20:,.1f} MiB would be left."
+        )
+    else:
+        counts = Counter(allocation.player_bits)
+        players = ", ".join(f"{counts[bits]} at {bits}" for bits in allocation.types if counts[bits])
+        say(
+            f"Of {len(allocation.player_bits)} players {players} bit, "
             f"{allocation.average_bits:.2f} bits on average, "
             f"{allocation.predicted_file_bytes:,} bytes; proven optimal for the profile."
         )
 
 
-def _require_same_model(found: SensitivityProfile, spec: ModelSpec, path: Path) -> None:
+def _require_same_model(found: SensitivityProfile | LadderProfile, spec: ModelSpec, path: Path) -> None:
     if found.model.content_sha256 != spec.content_sha256:
         raise RecordError(
             f"{path} is a profile of {found.model.name} ({found.model.content_sha256[:12]}…), not of {spec.name} "
@@ -249,9 +275,12 @@ def _require_same_model(found: SensitivityProfile, spec: ModelSpec, path: Path) 
         )
 
 
-def _require_same_text(found: SensitivityProfile, directory: Path, calibration: Path | None, path: Path) -> None:
+def _require_same_text(
+    found: SensitivityProfile | LadderProfile, directory: Path, calibration: Path | None, encoding: EncodeOptions,
+    path: Path,
+) -> None:  # fmt: skip
     """Another backend's losses are compared on the profile's own text, so that must be at hand."""
-    if _is_what_ships(found):
+    if _is_what_ships(found, encoding):
         return
     windows = calibration_windows(directory, calibration, found.settings.tokens, found.settings.window_tokens)
     if windows.text_sha256 != found.settings.text_sha256:
@@ -271,33 +300,6 @@ def _require_measurable(text: Path, windows: int, request: Request) -> None:
 
 def _file_name(spec: ModelSpec, allocation: Allocation) -> str:
     return f"{spec.name}-{Path(allocation.device).name}-IMPQ-{allocation.bits_per_weight:.2f}bpw.gguf"
-
-
-def _converted(
-    source: Source,
-    spec: ModelSpec,
-    path: Path,
-    allocation: Allocation,
-    bits: int | None,
-    allow_fallback: bool,
-    progress: Progress,
-) -> Artifact:
-    """Write the mix (``bits`` None) or a uniform file, unless it is there already."""
-    chosen = allocation.player_bits if bits is None else (bits,) * len(allocation.player_bits)
-    types = tensor_types(spec, [BLOCK_TYPES[b] for b in chosen], allocation.outer_type, allocation.players)
-    record = record_path(path)
-    if record.exists():
-        found = Artifact.load(record)
-        wanted = allocation.identity() if bits is None else None
-        same = found.model_sha256 == allocation.model_sha256 and found.allocation_sha256 == wanted
-        if same and found.tensor_types == types and found.is_intact(path.parent):
-            return found
-    if bits is None:
-        return convert(source, out=path, allocation=allocation, allow_fallback=allow_fallback, progress=progress)
-    return convert(
-        source, out=path, type=BLOCK_TYPES[bits], outer_type=allocation.outer_type,
-        allow_fallback=allow_fallback, progress=progress,
-    )  # fmt: skip
 
 
 def _validated(
@@ -328,23 +330,23 @@ def _validated(
     return report
 
 
-def _is_what_ships(found: SensitivityProfile) -> bool:
-    """Whether the game was played with the very weights that the writer stores."""
+def _is_what_ships(found: SensitivityProfile | LadderProfile, encoding: EncodeOptions) -> bool:
+    """Whether sensitivity was measured with the encoder that the writer uses."""
     recorded = found.settings.backend
-    return recorded.get("name") == "kquant" and load_recorded(recorded) == load_backend("kquant")
+    return recorded.get("name") == "kquant" and load_recorded(recorded) == KQuant(encoding.encoder)
 
 
 def _backend_losses(
     directory: Path,
-    found: SensitivityProfile,
+    found: SensitivityProfile | LadderProfile,
     allocation: Allocation,
-    calibration: Path | None,
+    encoding: EncodeOptions,
     compute: str,
     out: Path,
     progress: Progress,
 ) -> BackendLosses | None:
-    """Compare the profile's backend with the K-quants that ship; None where they are the same."""
-    if _is_what_ships(found):
+    """Compare the profile's backend with the K-quants that ship; None where they are the same, or for a ladder."""
+    if isinstance(found, LadderProfile) or _is_what_ships(found, encoding):
         return None
     path = out / "backend-losses.json"
     if path.exists():
@@ -354,17 +356,19 @@ def _backend_losses(
     settings = dataclasses.replace(found.settings, device=compute, dtype=COMPUTE_DTYPES[compute])
     mix: Coalition = tuple(4 if bits == 4 else 2 for bits in allocation.player_bits)
     coalitions = [mix, uniform(4, len(mix)), uniform(2, len(mix))]
-    windows = calibration_windows(directory, calibration, found.settings.tokens, found.settings.window_tokens)
+    longest = max(found.settings.tokens, encoding.calibration_tokens)
+    text = calibration_windows(directory, encoding.calibration, longest, found.settings.window_tokens)
+    windows, seen = text.first(found.settings.tokens), text.first(encoding.calibration_tokens)
 
     def measured(backend: Backend) -> list[float]:
-        return measure_coalitions(Job(directory, found.model, backend, windows, settings), coalitions, progress)
+        return measure_coalitions(Job(directory, found.model, backend, windows, settings, seen), coalitions, progress)
 
     losses = BackendLosses(
         allocation.identity(),
         found.identity(),
         tuple(map(to_text, coalitions)),
         tuple(measured(load_recorded(found.settings.backend))),
-        tuple(measured(load_backend("kquant"))),
+        tuple(measured(KQuant(encoding.encoder))),
     )
     losses.save(path)
     return losses

@@ -10,7 +10,7 @@ from impq_edge.conversion.artifact import Artifact
 from impq_edge.devices.memory import MemoryPlan
 from impq_edge.devices.profile import DeviceProfile
 from impq_edge.impq.allocation import Allocation
-from impq_edge.model.players import players_of
+from impq_edge.spqe.ladder import LadderProfile
 from impq_edge.spqe.profile import SensitivityProfile
 from impq_edge.validation.report import ValidationReport
 
@@ -26,7 +26,7 @@ class Comparison:
     """Everything the report tells."""
 
     device: DeviceProfile
-    profile: SensitivityProfile
+    profile: SensitivityProfile | LadderProfile
     allocation: Allocation
     mix: Measured
     uniform: dict[int, Measured]
@@ -67,7 +67,8 @@ def paired_difference(one: ValidationReport, other: ValidationReport) -> tuple[f
 def _headline(c: Comparison) -> str:
     left = c.allocation.budget_bytes - c.allocation.predicted_file_bytes
     if c.allocation.everything_fits:
-        return f"Everything fits at 4 bit: {left / _MIB:,.1f} MiB of the device's budget would be left for more bits."
+        room = f"{left / _MIB:,.1f} MiB of the device's budget would be left for more bits."
+        return f"Everything fits at {c.allocation.types[-1]} bit: {room}"
     gap = c.allocation.objective - (c.allocation.lower_bound or 0.0)
     return (
         f"The allocation is optimal for the sensitivity profile: objective {c.allocation.objective:.6g} nats/token, "
@@ -114,22 +115,45 @@ def _perplexity(report: ValidationReport) -> str:
 
 
 def _players(c: Comparison) -> str:
-    estimate, settings = c.profile.estimate(), c.profile.settings
+    return _ladder(c, c.profile) if isinstance(c.profile, LadderProfile) else _game(c, c.profile)
+
+
+def _ladder(c: Comparison, found: LadderProfile) -> str:
+    types = c.allocation.types
+    table = found.divergences(types)
+    lines = [
+        f"## {found.settings.players.capitalize()}, embedding and head",
+        "",
+        "KL divergence to the unquantised model, in 10⁻³ nats per token, when one of them alone is stored at fewer "
+        f"bits, on {found.settings.tokens:,} tokens. The sum over the chosen ones is "
+        f"{1e3 * c.allocation.objective:.4f}.",
+        "",
+        f"| | bits | {' | '.join(f'{bits} bit' for bits in types)} |",
+        f"|:---|---:|{'---:|' * len(types)}",
+    ]
+    for player, bits, row in zip(found.who, c.allocation.player_bits, table, strict=True):
+        values = (f"**{1e3 * v:.4f}**" if b == bits else f"{1e3 * v:.4f}" for b, v in zip(types, row, strict=True))
+        lines.append(f"| {player.name.removeprefix('blk.')} | {bits} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def _game(c: Comparison, found: SensitivityProfile) -> str:
+    estimate, settings = found.estimate(), found.settings
     largest = max(float(np.abs(estimate.phi).max()), 1e-12)
-    losses = c.profile.losses
-    all_4, all_2 = (losses[(bits,) * c.profile.n_players] for bits in (4, 2))
+    losses = found.losses
+    all_4, all_2 = (losses[(bits,) * found.n_players] for bits in (4, 2))
     lines = [
         f"## {settings.players.capitalize()}",
         "",
         f"Loss increase when one of the {settings.players} drops from 4 to 2 bit: Shapley values from "
-        f"{len(c.profile.evaluations):,} coalitions ({c.profile.design.estimator}) on {settings.tokens:,} tokens, with "
-        f"standard errors. Unquantised {np.mean(c.profile.reference_losses):.4f}, all at 4 bit {all_4:.4f}, all at "
+        f"{len(found.evaluations):,} coalitions ({found.design.estimator}) on {settings.tokens:,} tokens, with "
+        f"standard errors. Unquantised {np.mean(found.reference_losses):.4f}, all at 4 bit {all_4:.4f}, all at "
         f"2 bit {all_2:.4f} nats/token.",
         "",
         f"| {settings.players.removesuffix('s')} | bits | φ, nats/token | |",
         "|:---|---:|---:|:---|",
     ]
-    names = [player.name.removeprefix("blk.") for player in players_of(c.profile.model, settings.players)]
+    names = [player.name.removeprefix("blk.") for player in found.who]
     for index, (name, bits) in enumerate(zip(names, c.allocation.player_bits, strict=True)):
         phi, error = estimate.phi[index], estimate.phi_stderr[index]
         bar = "█" * round(_BAR_WIDTH * max(0.0, phi) / largest)
@@ -164,8 +188,8 @@ def _backends(c: Comparison) -> str:
     lines = [
         f"## {name} against the K-quants that ship",
         "",
-        f"The profile was measured with {name}; the file holds what ggml's encoder makes. Calibration loss of the same "
-        "blocks:",
+        f"The profile was measured with {name}; the file holds K-quants ({c.mix[0].encoding.get('encode')}). "
+        "Calibration loss of the same blocks:",
         "",
         f"| blocks | {name}, nats/token | K-quants, nats/token |",
         "|---|---:|---:|",
@@ -181,7 +205,16 @@ def _sample(report: ValidationReport) -> str:
 
 
 def _provenance(c: Comparison, command: str) -> str:
-    settings, design = c.profile.settings, c.profile.design
+    settings = c.profile.settings
+    if isinstance(c.profile, LadderProfile):
+        how = f"every player at {', '.join(map(str, c.profile.types))} bit"
+    else:
+        design = c.profile.design
+        how = (
+            f"{design.estimator} of {design.permutations} permutations' cost, seed {design.seed}, stopped by "
+            f"{c.profile.stopped_by}"
+        )
+    encoding = ", ".join(f"{key} {value}" for key, value in c.mix[0].encoding.items())
     backend = ", ".join(f"{key} {value}" for key, value in settings.backend.items() if key != "name")
     report = c.mix[1]
     lines = [
@@ -190,12 +223,11 @@ def _provenance(c: Comparison, command: str) -> str:
         *([f"    {command}", ""] if command else []),
         f"- model content `{c.allocation.model_sha256}`",
         f"- sensitivity `{c.allocation.profile_sha256}`: {settings.backend['name']} ({backend}), "
-        f"{design.estimator} of {design.permutations} permutations' cost, seed {design.seed}, stopped by "
-        f"{c.profile.stopped_by}, {settings.device} {settings.dtype}, "
+        f"{how}, {settings.device} {settings.dtype}, "
         f"text `{settings.text_sha256[:16]}…`",
         f"- allocation `{c.allocation.identity()}`: α = {c.allocation.alpha}, "
-        f"embedding and head {c.allocation.outer_type}",
-        f"- file `{c.mix[0].sha256}`",
+        f"embedding and head {c.allocation.outer_type or 'among the players'}",
+        f"- file `{c.mix[0].sha256}`: {encoding}",
         f"- validated with llama-cpp-python {report.llama_cpp_python}: {report.system_info}",
     ]
     return "\n".join(lines)

@@ -7,27 +7,25 @@ starts at the lowest block in which it differs from one of the two.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn import functional
 
 from impq_edge.backends import BITS, Backend, Bits
+from impq_edge.backends.kquant_kept import Kept
 from impq_edge.errors import SensitivityError
+from impq_edge.ggml.types import BLOCK_TYPES, type_for_row
 from impq_edge.model.players import PlayerKind, players_of
-from impq_edge.model.spec import ModelSpec, TensorSpec
+from impq_edge.model.spec import TensorSpec
 from impq_edge.spqe.graphs import MAX_FLOP, Graphs
 from impq_edge.spqe.observe import Observer
 from impq_edge.spqe.sampling import Coalition
 from impq_edge.spqe.versions import Versions
+from impq_edge.spqe.walk import Walk
 
 Progress = Callable[[int], None]
 """Told how many steps have just been finished."""
-
-LOGITS_PER_CHUNK = 1 << 26  # float32 logits alive at once: 256 MiB
-TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,29 +49,19 @@ class Game:
 
     Parameters
     ----------
-    model
-        A ``transformers`` causal language model; its blocks are taken over.
-    spec
-        Its record, L blocks.
-    windows
-        Token ids, shape (windows, window length).
+    walk
+        The model, L blocks, and the text.
     players
         What the N players are.
     """
 
-    def __init__(self, model: Any, spec: ModelSpec, windows: NDArray[np.int64], players: PlayerKind = "blocks") -> None:
-        self.spec = spec
-        self.players = players_of(spec, players)
+    def __init__(self, walk: Walk, players: PlayerKind = "blocks") -> None:
+        self.spec = walk.spec
+        self.players = players_of(walk.spec, players)
         self.blocks_computed = 0
         self.evaluations = 0
-        self._model = model
-        embedding = model.model.embed_tokens.weight
-        self.device: torch.device = embedding.device
-        self.dtype: torch.dtype = embedding.dtype
-        rows = max(1, TOKENS_PER_BATCH[self.device.type] // windows.shape[1])
-        self._batches = [torch.from_numpy(windows[i : i + rows]).to(self.device) for i in range(0, len(windows), rows)]
-        self._embedded, self._arguments = _capture(model, self._batches)
-        self._matrices = [spec.block_matrices(block) for block in range(spec.n_blocks)]
+        self._walk = walk
+        self._matrices = [walk.spec.block_matrices(block) for block in range(walk.spec.n_blocks)]
         owner = {tensor.name: index for index, player in enumerate(self.players) for tensor in player.tensors}
         self._owners = [[owner[tensor.name] for tensor in matrices] for matrices in self._matrices]
         self._versions: Versions  # made by prepare
@@ -88,7 +76,9 @@ class Game:
         backend: Backend,
         progress: Progress = lambda _: None,
         *,
+        calibration: Walk | None = None,
         resident_blocks: int | None = None,
+        kept: Kept | None = None,
     ) -> Prepared:
         """Make both versions of every block, one block after another, from full-precision inputs.
 
@@ -99,29 +89,41 @@ class Game:
         backend
             Makes the versions; it is given statistics of the inputs that enter a matrix while nothing is
             quantised, which is what makes blocks independent of the coalition they will be used in.
+        calibration
+            The text that those statistics come from, through the same model; the game's own by default.
         resident_blocks
             How many blocks keep both versions on the GPU; all by default.
+        kept
+            Asked in the backend's stead: what it has encoded before is not encoded again.
         """
         assert self._last is None, "a game is prepared once"
-        self._versions = Versions(self.spec.n_blocks, self.device, resident_blocks)
+        self._versions = Versions(self.spec.n_blocks, self._walk.device, resident_blocks)
         self._graphs = Graphs() if self._graphs_pay() else None
         bits_used = dict.fromkeys(BITS, 0.0)
-        hidden = list(self._embedded)
+        hidden, seen = list(self._walk.embedded), [] if calibration is None else list(calibration.embedded)
         for index in range(self.spec.n_blocks):
-            layer = self._take(index)
+            layer = self._walk.take(index)
             observer = Observer(layer, backend.statistics)
             with observer:
-                hidden = [self._run(layer, index, batch) for batch in hidden]
+                if calibration is None:
+                    hidden = [self._walk.run(layer, index, batch) for batch in hidden]
+                else:
+                    seen = [calibration.run(layer, index, batch) for batch in seen]
+            if calibration is not None:
+                hidden = [self._walk.run(layer, index, batch) for batch in hidden]
             names: list[str] = []
             stored: list[dict[Bits, torch.Tensor]] = []
             for tensor in self._matrices[index]:
                 name = tensor.name.removeprefix(f"model.layers.{index}.")
                 names.append(name)
                 stored.append({})
-                weight, inputs = read(tensor).to(self.device), observer.take(name)
+                weight, inputs = read(tensor).to(self._walk.device), observer.take(name)
                 for bits in BITS:
-                    made = backend.quantise(weight, bits, inputs)
-                    stored[-1][bits] = made.weight.to(self.dtype)
+                    if kept is None:
+                        made = backend.quantise(weight, bits, inputs)
+                    else:
+                        made = kept.store(tensor, weight, type_for_row(BLOCK_TYPES[bits], tensor.shape[-1]), inputs)
+                    stored[-1][bits] = made.weight.to(self._walk.dtype)
                     bits_used[bits] += made.bits_per_weight * tensor.weights
             self._versions.add(layer, names, stored)
             progress(1)
@@ -164,25 +166,14 @@ class Game:
         """Let go of all activations that could be reused."""
         self._last = self._base = None
 
-    def _take(self, index: int) -> torch.nn.Module:
-        """Take a block out of the model, to where blocks run."""
-        layer: torch.nn.Module = self._model.model.layers[index]
-        self._model.model.layers[index] = torch.nn.Identity()
-        if next(layer.parameters()).device != self.device:  # it was loaded into host memory
-            from accelerate.hooks import remove_hook_from_module
-
-            remove_hook_from_module(layer, recurse=True)
-            layer.to(self.device)
-        return layer
-
     def _graphs_pay(self) -> bool:
-        if self.device.type != "cuda" or self._versions.streamed_blocks:
+        if self._walk.device.type != "cuda" or self._versions.streamed_blocks:
             return False
         weights = sum(tensor.weights for tensor in self._matrices[0])
-        return 2 * weights * self._batches[0].numel() < MAX_FLOP
+        return 2 * weights * self._walk.batches[0].numel() < MAX_FLOP
 
     def _best_start(self, coalition: Coalition) -> tuple[int, _Trace]:
-        nothing = _Trace((), [self._embedded])
+        nothing = _Trace((), [self._walk.embedded])
         known = [trace for trace in (self._last, self._base) if trace is not None]
         return max(((self._shared_blocks(coalition, t.coalition), t) for t in [*known, nothing]), key=lambda p: p[0])
 
@@ -195,73 +186,15 @@ class Game:
 
     def _replay(self, layer: torch.nn.Module, index: int, bits: tuple[Bits, ...], hidden: torch.Tensor) -> torch.Tensor:
         if self._graphs is None:
-            return self._run(layer, index, hidden)
+            return self._walk.run(layer, index, hidden)
         key = (index, bits, len(hidden))
-        return self._graphs.run(key, lambda entering: self._run(layer, index, entering), hidden)
-
-    def _run(self, layer: torch.nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        out = layer(hidden, **self._arguments[len(hidden)][index])
-        left: torch.Tensor = out[0] if isinstance(out, tuple) else out  # transformers before 4.54 returned a tuple
-        return left
+        return self._graphs.run(key, lambda entering: self._walk.run(layer, index, entering), hidden)
 
     def _losses(self, hidden: Sequence[torch.Tensor]) -> NDArray[np.float64]:
         """Return each window's loss in float32, from hidden states (windows, T, d) as they leave the last block."""
-        losses = [self._token_losses(*pair).mean(dim=1) for pair in zip(hidden, self._batches, strict=True)]
-        values: NDArray[np.float64] = torch.cat(losses).double().cpu().numpy()
+        values = self._walk.losses(hidden)
         if not np.isfinite(values).all():
             raise SensitivityError(
                 "The model's loss is not finite on this text; validate an F16 GGUF of it to see whether it works."
             )
         return values
-
-    def _token_losses(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Return −log p of every token but the first of each window, (windows, T − 1)."""
-        hidden = self._model.model.norm(hidden[:, :-1]).flatten(0, 1)
-        targets = ids[:, 1:].flatten()
-        cap = self.spec.hyperparameters.final_softcap
-        step = max(1, LOGITS_PER_CHUNK // self.spec.hyperparameters.vocabulary)
-        losses = []
-        for first in range(0, len(targets), step):
-            logits = self._model.lm_head(hidden[first : first + step]).float()
-            if cap is not None:
-                logits = cap * torch.tanh(logits / cap)
-            losses.append(functional.cross_entropy(logits, targets[first : first + step], reduction="none"))
-        return torch.cat(losses).view(len(ids), -1)
-
-
-class _StopForward(Exception):  # noqa: N818 - control flow, not an error
-    """Raised by a hook to end a forward pass once the block's inputs are known."""
-
-
-def _capture(model: Any, batches: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], dict[int, list[dict[str, Any]]]]:
-    """Record what ``transformers`` feeds its blocks: the embedded text, and each block's other arguments.
-
-    Masks and rotary embeddings are built by the library itself, whatever its version; they depend only
-    on the batch's shape, so one record per number of rows is enough.
-    """
-    embedded: list[torch.Tensor] = []
-    arguments: dict[int, list[dict[str, Any]]] = {}
-    layers = model.model.layers
-
-    def keep_input(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        embedded.append(args[0] if args else kwargs["hidden_states"])
-        if len(embedded[-1]) in arguments:
-            raise _StopForward
-
-    def keep_arguments(_: Any, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        others = {key: value for key, value in kwargs.items() if key not in ("hidden_states", "past_key_values")}
-        arguments.setdefault(len(embedded[-1]), []).append(others)
-
-    hooks = [layers[0].register_forward_pre_hook(keep_input, with_kwargs=True)]
-    hooks += [layer.register_forward_pre_hook(keep_arguments, with_kwargs=True) for layer in layers]
-    try:
-        with torch.inference_mode():
-            for batch in batches:
-                try:
-                    model.model(input_ids=batch, use_cache=False)
-                except _StopForward:
-                    continue
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return embedded, arguments

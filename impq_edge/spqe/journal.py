@@ -14,11 +14,11 @@ from impq_edge.errors import RecordError, SensitivityError
 from impq_edge.records import read_text
 from impq_edge.spqe.sampling import Coalition
 
-_SCHEMA = "impq-edge.journal/1"
+_SCHEMA = "impq-edge.journal/2"
 
 
 class Journal:
-    """Losses by coalition, kept in a file beside the profile until the profile is whole.
+    """Losses by what they were measured of, kept in a file beside the profile until the profile is whole.
 
     Parameters
     ----------
@@ -35,18 +35,18 @@ class Journal:
 
     def __init__(self, path: Path, inputs: Mapping[str, Any]) -> None:
         self.path = path
-        self.losses: dict[Coalition, NDArray[np.float64]] = {}
+        self.losses: dict[str, NDArray[np.float64]] = {}
         self._header: dict[str, Any] | None = {"schema": _SCHEMA, **inputs}  # written with the first losses
         if path.exists():
             self._resume(dict(inputs))
 
-    def add(self, coalition: Coalition, losses: NDArray[np.float64]) -> None:
-        """Keep the losses of a coalition's windows, shape (windows,); on disk when this returns."""
+    def add(self, of: str, losses: NDArray[np.float64]) -> None:
+        """Keep the losses of a text's windows, shape (windows,); on disk when this returns."""
         if self._header is not None:
             self._append(self._header)
             self._header = None
-        self._append({"coalition": to_text(coalition), "losses": losses.tolist()})
-        self.losses[coalition] = losses
+        self._append({"of": of, "losses": losses.tolist()})
+        self.losses[of] = losses
 
     def _append(self, value: Mapping[str, Any]) -> None:
         text = json.dumps(value, ensure_ascii=False)
@@ -76,7 +76,7 @@ class Journal:
                 "give the same settings, or delete that file to start anew."
             )
         for line in lines[1:]:
-            self.losses[from_text(line["coalition"])] = np.array(line["losses"], dtype=np.float64)
+            self.losses[line["of"]] = np.array(line["losses"], dtype=np.float64)
 
 
 def to_text(coalition: Coalition) -> str:

@@ -1,14 +1,15 @@
 """What the game needs of a GPU's memory, and which blocks therefore stay in host memory."""
 
-import dataclasses
+import contextlib
+from collections.abc import Iterator
 
 import torch
 
 from impq_edge.backends import BITS, Statistics
 from impq_edge.errors import SensitivityError
 from impq_edge.model.spec import ModelSpec
-from impq_edge.spqe.game import LOGITS_PER_CHUNK
 from impq_edge.spqe.versions import PLACES
+from impq_edge.spqe.walk import LOGITS_PER_CHUNK
 
 _QUANTISER_COPIES = 8  # float32 copies of the largest matrix that HQQ's optimiser holds at once, generously
 _HESSIAN_COPIES = 5  # GPTQ: the moment, its damped copy, Cholesky factor, inverse and that one's factor
@@ -17,19 +18,11 @@ _TRACES = 2  # activations kept for reuse: of the coalition evaluated last, and 
 _MIB = 2**20
 
 
-@dataclasses.dataclass(frozen=True)
-class Placement:
-    """Where a model's blocks lie while the game is prepared and played on a GPU."""
-
-    load_on_host: bool  # the checkpoint's own blocks wait in host memory until their turn
-    resident_blocks: int  # this many of the last blocks keep both versions on the GPU
-
-
-def place(
+def resident_blocks(
     spec: ModelSpec, *, windows: int, window_tokens: int, batch_tokens: int, itemsize: int, statistics: Statistics,
     free_bytes: int,
-) -> Placement:  # fmt: skip
-    """Decide what stays on a GPU.
+) -> int:  # fmt: skip
+    """Return how many of the last blocks keep both versions on a GPU.
 
     Parameters
     ----------
@@ -60,7 +53,7 @@ def place(
     traces = _TRACES * (n_blocks + 1) * windows * window_tokens * hyper.hidden * itemsize
     left = free_bytes - outside_bytes - max(quantising, _LOGITS_BYTES + traces) - working
     if (n_blocks * len(BITS) + 1) * block_bytes <= left:  # a block's own weights lie beside its versions for a while
-        return Placement(False, n_blocks)
+        return n_blocks
     resident = (left - PLACES * block_bytes) // (len(BITS) * block_bytes)
     if resident < 0:
         needed = free_bytes - left + PLACES * block_bytes
@@ -68,12 +61,23 @@ def place(
             f"The GPU has {free_bytes // _MIB} MiB free, but {spec.name} needs {needed // _MIB} MiB even with all its "
             f"blocks in host memory; ask for fewer --tokens than {windows * window_tokens}, or use --compute cpu."
         )
-    # While blocks are made one after another, those still to come lie on the GPU beside those made.
-    beside = len(BITS) + PLACES
-    return Placement((n_blocks + beside) * block_bytes > left, int(resident))
+    return int(resident)
 
 
 def free_gpu_bytes() -> int:
     """Return what the current GPU has free, what PyTorch keeps in reserve included."""
     free, _ = torch.cuda.mem_get_info()
     return int(free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated())
+
+
+@contextlib.contextmanager
+def memory_told() -> Iterator[None]:
+    """Turn PyTorch's error into a sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(". ")[0]
+        raise SensitivityError(
+            f"The GPU's memory is too small for this model and text ({reason}); ask for fewer --tokens, or use "
+            "--compute cpu."
+        ) from error

@@ -5,6 +5,7 @@ from typing import Any, Self
 import torch
 
 from impq_edge.backends import Inputs, Statistics
+from impq_edge.spqe.walk import Hidden, Walk
 
 
 class Observer:
@@ -43,10 +44,7 @@ class Observer:
         if self._statistics == "none":
             return None
         module = name.removesuffix(".weight")
-        mean = self._sums.pop(module) / self._tokens[module]
-        if self._statistics == "squares":
-            return Inputs(self._tokens[module], mean, None)
-        return Inputs(self._tokens[module], mean.diagonal().clone(), mean)
+        return _inputs(self._tokens[module], self._sums.pop(module))
 
     def _see(self, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         name = self._matrices[module]
@@ -58,7 +56,39 @@ class Observer:
     def _sum(self, entering: torch.Tensor) -> torch.Tensor:
         if self._latest is not None and self._latest[0] is entering:  # query, key and value see the same
             return self._latest[1]
-        flat = entering.flatten(0, -2).float()
-        found = flat.square().sum(dim=0) if self._statistics == "squares" else flat.T @ flat
+        found = _sum(entering, self._statistics)
         self._latest = (entering, found)
         return found
+
+
+def entering_head(walk: Walk, hidden: Hidden, statistics: Statistics) -> Inputs | None:
+    """Return the statistics of what enters the head, given what leaves the last block; None if none are asked for.
+
+    A tied head is also the embedding, of which tokens are looked up: an error then counts in every column alike, and
+    as much again on average is added to every column.
+    """
+    if statistics == "none":
+        return None
+    tokens, total = 0, torch.zeros(())
+    for batch in hidden:
+        entering = walk.entering_head(batch)
+        tokens += len(entering)
+        total = _sum(entering, statistics) + total.to(entering.device)
+    found = _inputs(tokens, total)
+    if not walk.spec.hyperparameters.tied_embeddings:
+        return found
+    looked_up = found.mean_square.mean()
+    moment = found.second_moment
+    if moment is not None:
+        moment = moment + looked_up * torch.eye(len(moment), device=moment.device)
+    return Inputs(tokens, found.mean_square + looked_up, moment)
+
+
+def _sum(entering: torch.Tensor, statistics: Statistics) -> torch.Tensor:
+    flat = entering.flatten(0, -2).float()
+    return flat.square().sum(dim=0) if statistics == "squares" else flat.T @ flat
+
+
+def _inputs(tokens: int, total: torch.Tensor) -> Inputs:
+    mean = total / tokens
+    return Inputs(tokens, mean, None) if mean.dim() == 1 else Inputs(tokens, mean.diagonal().clone(), mean)

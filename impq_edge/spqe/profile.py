@@ -3,14 +3,14 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
 from impq_edge.errors import SensitivityError
-from impq_edge.model.players import PlayerKind, players_of
+from impq_edge.model.players import Player, PlayerKind, players_of
 from impq_edge.model.spec import ModelSpec
 from impq_edge.records import STRICT, Record
 from impq_edge.spqe.estimate import Estimate, estimate
@@ -41,6 +41,11 @@ class GameSettings:
     window_tokens: int
     device: str  # cpu or cuda
     dtype: str
+    calibration_tokens: int = 0  # of the same text, that the backend's statistics come from; 0: it needs none
+
+    def calibration(self) -> dict[str, Any]:
+        """Return what an encoding depends on besides the model: the encoder, the text, and where it was passed on."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in ("players", "tokens")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +141,14 @@ class SensitivityProfile(Record):
             raise SensitivityError("The profile's losses are not all of the same windows; make it anew.")
 
     @property
+    def who(self) -> tuple[Player, ...]:
+        """The N players."""
+        return players_of(self.model, self.settings.players)
+
+    @property
     def n_players(self) -> int:
         """N."""
-        return len(players_of(self.model, self.settings.players))
+        return len(self.who)
 
     @property
     def window_losses(self) -> dict[Coalition, NDArray[np.float64]]:

@@ -18,7 +18,7 @@ from impq_edge.model.players import PlayerKind, players_of
 from impq_edge.spqe.cluster import Evaluator, RayEvaluator
 from impq_edge.spqe.estimate import Estimate, estimate
 from impq_edge.spqe.game import Prepared
-from impq_edge.spqe.journal import Journal, to_text
+from impq_edge.spqe.journal import Journal, from_text, to_text
 from impq_edge.spqe.profile import Design, GameSettings, SensitivityProfile, StoppedBy
 from impq_edge.spqe.sampling import Coalition, Draw, draws, draws_for, evaluation_order
 from impq_edge.spqe.stopping import Stability
@@ -58,9 +58,19 @@ class Measured:
 
 
 def game_settings(
-    backend_name: str, backend: Backend, windows: Windows, *, players: PlayerKind, device: str
+    backend_name: str,
+    backend: Backend,
+    windows: Windows,
+    *,
+    players: PlayerKind,
+    device: str,
+    calibration: Windows | None = None,
 ) -> GameSettings:
-    """Gather everything besides the model that the losses depend on."""
+    """Gather everything besides the model that the losses depend on.
+
+    ``calibration`` is what the backend's statistics come from; ``windows`` by default.
+    """
+    seen = 0 if backend.statistics == "none" else (calibration or windows).tokens.size
     return GameSettings(
         backend=describe(backend_name, backend),
         players=players,
@@ -69,6 +79,7 @@ def game_settings(
         window_tokens=windows.tokens.shape[1],
         device=device,
         dtype=COMPUTE_DTYPES[device],
+        calibration_tokens=seen,
     )
 
 
@@ -100,7 +111,7 @@ def estimate_sensitivity(
     journal = Journal(journal_path, {"model": job.spec.content_sha256, **dataclasses.asdict(job.settings)})
     workers = workers or Workers()
     known = before.window_losses if before else {}
-    losses = {**known, **journal.losses}
+    losses = {**known, **{from_text(of): values for of, values in journal.losses.items()}}
     run = _Run(job, design, losses, journal, limits.answer, deadline, max(1, workers.count), progress)
     with _table(job, workers, before if run.is_known else None, progress) as (evaluator, prepared, streamed):
         found, stopped_by = run.play(evaluator)
@@ -118,7 +129,7 @@ def estimate_sensitivity(
         also=known,
     )
     kept = {evaluation.coalition for evaluation in profile.evaluations}
-    in_profile = all(to_text(coalition) in kept for coalition in journal.losses)
+    in_profile = kept.issuperset(journal.losses)
     return Measured(profile, evaluations, share, streamed, in_profile)
 
 
@@ -219,7 +230,7 @@ class _Run:
         self._told()
         with contextlib.closing(evaluator.evaluate(missing)) as results:
             for left, (coalition, losses) in enumerate(results, 1 - len(missing)):
-                self._journal.add(coalition, losses)
+                self._journal.add(to_text(coalition), losses)
                 self.losses[coalition] = losses
                 self._told()
                 if left and self._deadline is not None and time.monotonic() > self._deadline:

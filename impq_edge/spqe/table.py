@@ -1,8 +1,7 @@
 """A game ready to be played: the model loaded, both versions of every block made, on this machine or another."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +9,17 @@ import torch
 from numpy.typing import NDArray
 
 from impq_edge.backends import Backend
+from impq_edge.backends.kquant import KQuant
+from impq_edge.backends.kquant_kept import Kept
 from impq_edge.errors import SensitivityError
 from impq_edge.model.calibration import Windows
-from impq_edge.model.load import load_model, read_tensor
+from impq_edge.model.load import read_tensor
 from impq_edge.model.spec import ModelSpec, read_model
-from impq_edge.spqe.game import TOKENS_PER_BATCH, Game, Prepared
-from impq_edge.spqe.memory import free_gpu_bytes, place
+from impq_edge.spqe.game import Game, Prepared
+from impq_edge.spqe.memory import free_gpu_bytes, memory_told, resident_blocks
 from impq_edge.spqe.profile import GameSettings
 from impq_edge.spqe.sampling import Coalition, uniform
+from impq_edge.spqe.walk import TOKENS_PER_BATCH, Walk, open_walk
 
 Progress = Callable[[str, int, int], None]
 """Told the name of a phase, what is done and what there is in all; the unit is the phase's own."""
@@ -32,6 +34,8 @@ class Job:
     backend: Backend
     windows: Windows
     settings: GameSettings
+    calibration: Windows | None = None  # what the backend's statistics come from; ``windows`` by default
+    kept: Path | None = None  # a directory for what calibrated encoders of K-quants make
 
 
 class Table:
@@ -64,7 +68,7 @@ class Table:
         SensitivityError
             When a loss is not finite, or the GPU's memory does not suffice.
         """
-        with _memory_told():
+        with memory_told():
             return self._game.losses(coalition)
 
     def keep_all_4(self) -> None:
@@ -90,25 +94,41 @@ def set_table(job: Job, progress: Progress = lambda *_: None) -> Table:
     """
     spec, device = job.spec, torch.device(job.settings.device)
     dtype: torch.dtype = getattr(torch, job.settings.dtype)
-    on_host, resident = False, spec.n_blocks
+    resident = spec.n_blocks
     if device.type == "cuda":
         windows, window_tokens = job.windows.tokens.shape
-        placement = place(
+        resident = resident_blocks(
             spec, windows=windows, window_tokens=window_tokens, batch_tokens=TOKENS_PER_BATCH["cuda"],
             itemsize=dtype.itemsize, statistics=job.backend.statistics, free_bytes=free_gpu_bytes(),
         )  # fmt: skip
-        on_host, resident = placement.load_on_host, placement.resident_blocks
     done = iter(range(1, spec.n_blocks + 1))
-    with _memory_told():
-        model = load_model(job.directory, spec, device, dtype, blocks_on_host=on_host)
-        game = Game(model, spec, job.windows.tokens, job.settings.players)
+    with memory_told():
+        walk = open_walk(job.directory, spec, job.windows, device, dtype)
+        game = Game(walk, job.settings.players)
         prepared = game.prepare(
             lambda tensor: torch.from_numpy(read_tensor(job.directory, tensor)),
             job.backend,
             lambda _: progress("quantising", next(done), spec.n_blocks),
+            calibration=calibration_walk(job, walk),
             resident_blocks=resident,
+            kept=kept_encodings(job),
         )
     return Table(game, prepared)
+
+
+def calibration_walk(job: Job, walk: Walk) -> Walk | None:
+    """Return the walk of the text that statistics come from; None where it is the walk's own, or none are needed."""
+    if job.calibration is None or job.backend.statistics == "none":
+        return None
+    return walk.beside(job.calibration)
+
+
+def kept_encodings(job: Job) -> Kept | None:
+    """Return what remembers encodings; None where nothing is to be kept, or encoding again is as good."""
+    backend = job.backend
+    if job.kept is None or not isinstance(backend, KQuant) or backend.statistics == "none":
+        return None
+    return Kept(backend, job.kept, {"model": job.spec.content_sha256, **job.settings.calibration()})
 
 
 def set_table_elsewhere(job: Job) -> Table:
@@ -125,19 +145,6 @@ def set_table_elsewhere(job: Job) -> Table:
             f"A worker's {job.directory} holds other files ({found.content_sha256[:12]}…) than this machine's "
             f"({job.spec.content_sha256[:12]}…); copy the checkpoint there, or use a path that machines share."
         )
-    table = set_table(job)
+    table = set_table(dataclasses.replace(job, kept=None))
     table.keep_all_4()
     return table
-
-
-@contextlib.contextmanager
-def _memory_told() -> Iterator[None]:
-    """Turn PyTorch's error into a sentence."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        reason = str(error).partition(". ")[0]
-        raise SensitivityError(
-            f"The GPU's memory is too small for this model and text ({reason}); ask for fewer --tokens, or use "
-            "--compute cpu."
-        ) from error

@@ -2,7 +2,7 @@
 
 from impq_edge.devices.profile import DeviceProfile
 from impq_edge.validation.report import Check, Status
-from impq_edge.validation.results import ChatTrial, Run, Score
+from impq_edge.validation.results import ChatTrial, Divergence, Run, Score
 
 _NO_DEVICE = "no device profile was given"
 _MIB = 2**20
@@ -44,6 +44,14 @@ def _perplexity(score: Score) -> Check:
         detail = f"not finite in window {len(score.window_nlls) + 1}; the file holds broken weights"
         return Check("perplexity", "failed", None, None, detail)
     return Check("perplexity", "passed", score.perplexity, None, f"finite on {len(score.window_nlls)} windows")
+
+
+def check_divergence(divergence: Divergence | None, reference: str) -> Check:
+    """Judge the comparison with a reference, which sets no limit: it only must be possible."""
+    if divergence is None:
+        return Check("divergence", "failed", None, None, f"from {reference} it is not finite")
+    detail = f"{divergence.kld_mean:.5f} ± {divergence.kld_stderr:.5f} nats per token from {reference}"
+    return Check("divergence", "passed", divergence.kld_mean, None, detail)
 
 
 def _file_size(file_bytes: int, device: DeviceProfile | None) -> Check:

@@ -1,62 +1,22 @@
-"""What a GGUF's header says, read without trusting it, before llama.cpp sees the file.
-
-Layout: ``magic | version | tensor count | key count | keys and values | tensor infos | padding | data``
-(ggml/include/gguf.h). The rules are those of llama.cpp's own reader (ggml/src/gguf.cpp), so that a bad
-file gets a sentence here rather than an abort there.
-"""
+"""What a GGUF says of itself, as far as a whole model that llama.cpp is to run must say it."""
 
 import dataclasses
-import math
-import stat
-import struct
 from pathlib import Path
-from typing import BinaryIO
-
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from impq_edge.errors import ValidationError
-
-Scalar = str | int | float | bool
-
-_MAGIC = b"GGUF"
-_VERSIONS = (2, 3)
-_DEFAULT_ALIGNMENT_BYTES = 32  # GGUF_DEFAULT_ALIGNMENT
-_MAX_NAME_BYTES = 63  # GGML_MAX_NAME with its terminator
-_MAX_DIMENSIONS = 4  # GGML_MAX_DIMS
-_MAX_WEIGHTS = (1 << 63) - 1  # ggml counts elements in an int64
-_MAX_STRING_BYTES = 1 << 24  # no key, name, token or template comes near
-_MAX_ARRAY_ITEMS = 1 << 24  # the largest vocabularies stay below 2^19
-_MIN_KEY_BYTES = 8 + 1 + 4 + 1  # length, one character, type, one byte of value
-_MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8  # length, one character, rank, one size, type, offset
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
-_ALIGNMENT_KEY = "general.alignment"
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorFact:
-    """One tensor as the header describes it."""
-
-    name: str
-    type: str  # as llama.cpp names it, in lower case
-    shape: tuple[int, ...]  # (out, in) for a matrix: the reverse of ggml's order
-    offset_bytes: int  # from the start of the file
-    size_bytes: int
-
-    @property
-    def weights(self) -> int:
-        """Number of weights."""
-        return math.prod(self.shape)
+from impq_edge.ggml.header import Header, Scalar, TensorFact, read_header
+from impq_edge.ggml.split import MAX_FILES, SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, split_paths, unsplit_path
 
 
 @dataclasses.dataclass(frozen=True)
 class FileFacts:
     """What a GGUF says of itself; arrays among the keys are checked and passed over."""
 
-    file_bytes: int
+    files: tuple[Path, ...]  # one, or all pieces of a split GGUF in order
+    file_bytes: int  # of all
     version: int
-    keys: dict[str, Scalar]
-    tensors: tuple[TensorFact, ...]
+    keys: dict[str, Scalar]  # of the first file
+    tensors: tuple[TensorFact, ...]  # of all files in order, each with its offset in its own
 
     @property
     def architecture(self) -> str:
@@ -81,209 +41,70 @@ class FileFacts:
 
 
 def read_facts(path: Path) -> FileFacts:
-    """Read and check the header of a GGUF; no tensor data is read.
+    """Read and check the header of a model, or all headers of one that is split; no tensor data is read.
 
     Raises
     ------
     ValidationError
-        When the path is no regular file, the file is no GGUF, is cut short, or its header claims what
-        cannot be.
+        When the path is no regular file, the file is no GGUF, is cut short, is a later piece of one or lacks
+        pieces, or a header claims what cannot be.
     """
-    if path.is_dir():
-        raise ValidationError(f"{path} is a directory; pass the .gguf file in it.")
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
-            raise ValidationError(f"{path} is no regular file; pass a .gguf file.")
-        file_bytes = path.stat().st_size
-        with path.open("rb") as file:
-            return _read(_Header(path, file, file_bytes))
-    except FileNotFoundError:
-        raise ValidationError(f"{path} does not exist; check the path.") from None
-    except OSError as error:
-        raise ValidationError(f"{path} cannot be read: {error.strerror or error}; check the file.") from None
+    header = read_header(path, ValidationError)
+    files = _pieces(path, header)
+    headers = [header, *(_read_piece(files, index) for index in range(1, len(files)))]
+    tensors = tuple(tensor for header in headers for tensor in header.tensors)
+    if not isinstance(header.keys.get("general.architecture"), str):
+        raise _unsound(path, "it names no architecture (general.architecture)")
+    if not tensors:
+        raise _unsound(path, "it holds no tensors")
+    if len(files) > 1:
+        _check_tensors(path, header, tensors)
+    return FileFacts(tuple(files), sum(header.file_bytes for header in headers), header.version, header.keys, tensors)
 
 
-class _Header:
-    """Reads forward through the header and turns every impossibility into one sentence."""
-
-    def __init__(self, path: Path, file: BinaryIO, file_bytes: int) -> None:
-        self.path, self.file, self.file_bytes = path, file, file_bytes
-        self.position = 0
-
-    def bad(self, what: str) -> ValidationError:
-        return ValidationError(f"{self.path} is not a sound GGUF: {what}; build or download it again.")
-
-    @property
-    def remaining_bytes(self) -> int:
-        return self.file_bytes - self.position
-
-    def take(self, size_bytes: int) -> bytes:
-        self._claim(size_bytes)
-        data = self.file.read(size_bytes)
-        if len(data) != size_bytes:  # it shrank since we looked
-            raise self.bad(f"it ends at byte {self.position - size_bytes + len(data)}, inside its header")
-        return data
-
-    def skip(self, size_bytes: int) -> None:
-        self._claim(size_bytes)
-        self.file.seek(size_bytes, 1)
-
-    def _claim(self, size_bytes: int) -> None:
-        if size_bytes > self.remaining_bytes:
-            missing = size_bytes - self.remaining_bytes
-            raise self.bad(f"it is cut short inside its header, by at least {missing} bytes")
-        self.position += size_bytes
-
-    def number(self, code: str) -> int | float | bool:
-        (value,) = struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))
-        return value  # type: ignore[no-any-return]
-
-    def integer(self, code: str) -> int:
-        return int(self.number(code))
-
-    def count(self, what: str, least_bytes: int) -> int:
-        value = self.integer("Q")
-        if value * least_bytes > self.remaining_bytes:
-            raise self.bad(f"it claims {value} {what}, more than its {self.file_bytes} bytes can hold")
-        return value
-
-    def text(self, what: str, limit_bytes: int = _MAX_STRING_BYTES) -> str:
-        data = self.take(self._length(what, limit_bytes))
-        try:
-            return data.decode("utf-8")
-        except UnicodeDecodeError:
-            raise self.bad(f"{what} is not UTF-8 text") from None
-
-    def skip_text(self, what: str) -> None:
-        self.skip(self._length(what, _MAX_STRING_BYTES))
-
-    def _length(self, what: str, limit_bytes: int) -> int:
-        size = self.integer("Q")
-        if size > limit_bytes:
-            raise self.bad(f"{what} claims {size} bytes of text, more than {limit_bytes}")
-        return size
-
-
-def _read(header: _Header) -> FileFacts:
-    version = _read_version(header)
-    n_tensors = header.count("tensors", _MIN_TENSOR_BYTES)
-    n_keys = header.count("keys", _MIN_KEY_BYTES)
-    keys = _read_keys(header, n_keys)
-    if not isinstance(keys.get("general.architecture"), str):
-        raise header.bad("it names no architecture (general.architecture)")
-    parts = keys.get("split.count", 1)
-    if isinstance(parts, int) and parts > 1:
+def _pieces(path: Path, header: Header) -> list[Path]:
+    """Return all files of the model whose first is ``path``, as llama.cpp finds them (src/llama-model-loader.cpp)."""
+    count, number = (_whole_number(path, header, key, default) for key, default in ((SPLIT_COUNT, 1), (SPLIT_NO, 0)))
+    if count <= 1:
+        return [path]
+    whole = unsplit_path(path)
+    files = split_paths(whole, count) if whole else []
+    if number != 0:
+        first = files[0].name if files else "the first"
+        raise ValidationError(f"{path} is piece {number + 1} of {count} of a split GGUF; pass {first}.")
+    if not files or files[0] != path:
         raise ValidationError(
-            f"{header.path} is one of {parts} parts of a split GGUF; join them with llama-gguf-split --merge first."
+            f"{path} is the first of {count} pieces of a split GGUF, but is not named NAME-00001-of-{count:05d}.gguf, "
+            "by which llama.cpp finds the others; give it its name back."
         )
-    infos = [_read_tensor_info(header) for _ in range(n_tensors)]
-    tensors = _place_tensors(header, infos, _alignment_bytes(header, keys))
-    return FileFacts(header.file_bytes, version, keys, tensors)
+    return files
 
 
-def _read_version(header: _Header) -> int:
-    if header.file_bytes == 0:
-        raise ValidationError(f"{header.path} is empty; build or download it again.")
-    magic = header.take(min(len(_MAGIC), header.file_bytes))
-    if magic != _MAGIC:
-        raise ValidationError(f"{header.path} is not a GGUF: it begins with {magic!r}; pass a .gguf file.")
-    version = header.integer("I")
-    if version & 0xFFFF == 0:
-        raise ValidationError(f"{header.path} is a GGUF of the other byte order; convert it with gguf-convert-endian.")
-    if version not in _VERSIONS:
-        raise ValidationError(f"{header.path} is GGUF version {version}, not 2 or 3; convert the model again.")
-    return version
-
-
-def _read_keys(header: _Header, count: int) -> dict[str, Scalar]:
-    keys: dict[str, Scalar] = {}
-    seen: set[str] = set()
-    for index in range(count):
-        key = header.text(f"key {index}")
-        if not key or key in seen:
-            raise header.bad(f"key {index} is {'empty' if not key else f'a second {key!r}'}")
-        seen.add(key)
-        kind = header.integer("I")
-        if kind == _ARRAY:
-            _skip_array(header, key)
-        elif kind == _STRING:
-            keys[key] = header.text(f"key {key!r}")
-        else:
-            keys[key] = header.number(_scalar_code(header, key, kind))
-    return keys
-
-
-def _scalar_code(header: _Header, key: str, kind: int) -> str:
-    if kind not in _SCALARS:
-        raise header.bad(f"key {key!r} has type {kind}, which GGUF does not know")
-    return _SCALARS[kind]
-
-
-def _skip_array(header: _Header, key: str) -> None:
-    kind, count = header.integer("I"), header.integer("Q")
-    if count > _MAX_ARRAY_ITEMS:
-        raise header.bad(f"key {key!r} claims {count} items, more than {_MAX_ARRAY_ITEMS}")
-    if kind == _STRING:
-        for _ in range(count):
-            header.skip_text(f"an item of {key!r}")
-    else:
-        header.skip(count * struct.calcsize("<" + _scalar_code(header, key, kind)))
-
-
-@dataclasses.dataclass(frozen=True)
-class _TensorInfo:
-    name: str
-    type: GGMLQuantizationType
-    shape: tuple[int, ...]  # ggml's order, row length first
-    offset_bytes: int  # from the start of the data
-
-    @property
-    def size_bytes(self) -> int:
-        block_weights, block_bytes = GGML_QUANT_SIZES[self.type]
-        return int(math.prod(self.shape) // block_weights * block_bytes)
-
-
-def _read_tensor_info(header: _Header) -> _TensorInfo:
-    name = header.text("a tensor's name", _MAX_NAME_BYTES)
-    rank = header.integer("I")
-    if not 1 <= rank <= _MAX_DIMENSIONS:
-        raise header.bad(f"tensor {name!r} has {rank} dimensions, not 1 to {_MAX_DIMENSIONS}")
-    shape = tuple(header.integer("Q") for _ in range(rank))
-    kind = header.integer("I")
-    if kind not in {int(known) for known in GGML_QUANT_SIZES}:
-        raise header.bad(f"tensor {name!r} has type {kind}, which ggml does not know")
-    if min(shape) < 1 or math.prod(shape) > _MAX_WEIGHTS:
-        raise header.bad(f"tensor {name!r} has the impossible shape {list(shape)}")
-    if shape[0] % GGML_QUANT_SIZES[GGMLQuantizationType(kind)][0]:
-        raise header.bad(f"the rows of tensor {name!r}, {shape[0]} weights long, are no whole number of blocks")
-    return _TensorInfo(name, GGMLQuantizationType(kind), shape, header.integer("Q"))
-
-
-def _alignment_bytes(header: _Header, keys: dict[str, Scalar]) -> int:
-    value = keys.get(_ALIGNMENT_KEY, _DEFAULT_ALIGNMENT_BYTES)
-    if not isinstance(value, int) or value < 1 or value & (value - 1):
-        raise header.bad(f"{_ALIGNMENT_KEY} is {value!r}, not a power of two")
+def _whole_number(path: Path, header: Header, key: str, default: int) -> int:
+    value = header.keys.get(key, default)
+    if type(value) is not int or not 0 <= value <= MAX_FILES:
+        raise _unsound(path, f"{key} is {value!r}, not a number from 0 to {MAX_FILES}")
     return value
 
 
-def _place_tensors(header: _Header, infos: list[_TensorInfo], alignment: int) -> tuple[TensorFact, ...]:
-    """Check that the tensors follow one another without a gap and end inside the file, as llama.cpp demands."""
-    if not infos:
-        raise header.bad("it holds no tensors")
-    if len({info.name for info in infos}) != len(infos):
-        raise header.bad("two tensors have the same name")
-    data_start = -(-header.position // alignment) * alignment
-    expected = 0
-    tensors = []
-    for info in infos:
-        if info.offset_bytes != expected:
-            raise header.bad(f"tensor {info.name!r} is said to start at {info.offset_bytes}, not at {expected}")
-        start = data_start + info.offset_bytes
-        tensors.append(TensorFact(info.name, info.type.name.lower(), info.shape[::-1], start, info.size_bytes))
-        expected += -(-info.size_bytes // alignment) * alignment
-    end = tensors[-1].offset_bytes + tensors[-1].size_bytes
-    if end > header.file_bytes:
-        raise ValidationError(
-            f"{header.path} is cut short by {end - header.file_bytes} of {end} bytes; copy or download it again."
-        )
-    return tuple(tensors)
+def _read_piece(files: list[Path], index: int) -> Header:
+    path = files[index]
+    if not path.exists():
+        raise ValidationError(f"{path}, piece {index + 1} of {len(files)} of {files[0].name}, is missing; get it too.")
+    header = read_header(path, ValidationError)
+    found = header.keys.get(SPLIT_NO), header.keys.get(SPLIT_COUNT)
+    if found != (index, len(files)):
+        raise _unsound(path, f"it says {SPLIT_NO} {found[0]!r} of {found[1]!r}, not {index} of {len(files)}")
+    return header
+
+
+def _check_tensors(path: Path, header: Header, tensors: tuple[TensorFact, ...]) -> None:
+    expected = header.keys.get(SPLIT_TENSORS)
+    if expected != len(tensors):
+        raise _unsound(path, f"{SPLIT_TENSORS} is {expected!r}, but its pieces hold {len(tensors)} tensors")
+    if len({tensor.name for tensor in tensors}) != len(tensors):
+        raise _unsound(path, "two tensors in its pieces have the same name")
+
+
+def _unsound(path: Path, what: str) -> ValidationError:
+    return ValidationError(f"{path} is not a sound GGUF: {what}; build or download it again.")

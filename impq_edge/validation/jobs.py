@@ -11,6 +11,7 @@ import numpy as np
 
 from impq_edge.validation import llama
 from impq_edge.validation.chat import try_chat
+from impq_edge.validation.divergence import measure_divergence
 from impq_edge.validation.latency import measure_speed
 from impq_edge.validation.llama import Engine
 from impq_edge.validation.memory import anonymous_bytes, fill_context, peak_rss_bytes
@@ -29,6 +30,21 @@ def score(progress: Progress, *, file: str, settings: dict[str, Any], text: str,
     with Engine(Path(file), RunSettings(**settings)) as engine:
         result = measure_perplexity(engine, text, windows, lambda done, total: progress("perplexity", done, total))
     return dataclasses.asdict(result)
+
+
+def compare(
+    progress: Progress, *, file: str, reference: str, settings: dict[str, Any], text: str, windows: int
+) -> dict[str, Any]:
+    """Perplexity of a file on a text, and its divergence from a reference: both models are loaded side by side."""
+    how = RunSettings(**settings)
+    with Engine(Path(reference), how) as other, Engine(Path(file), how) as engine:
+        score, divergence = measure_divergence(
+            engine, other, text, windows, lambda done, total: progress("divergence", done, total)
+        )
+    return {
+        "score": dataclasses.asdict(score),
+        "divergence": dataclasses.asdict(divergence) if divergence else None,
+    }
 
 
 def run(
@@ -90,4 +106,10 @@ def decode(_progress: Progress, *, file: str, settings: dict[str, Any]) -> dict[
         return {"tokens": engine.position}
 
 
-JOBS: dict[str, Callable[..., dict[str, Any]]] = {"score": score, "run": run, "describe": describe, "decode": decode}
+JOBS: dict[str, Callable[..., dict[str, Any]]] = {
+    "score": score,
+    "compare": compare,
+    "run": run,
+    "describe": describe,
+    "decode": decode,
+}

@@ -5,7 +5,7 @@ vocabulary adds it. Only positions 256 to 510 are scored, which predict tokens 2
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,35 +31,44 @@ def measure_perplexity(
     ValidationError
         When the text is shorter than one window.
     """
+    cut = cut_windows(engine, text, windows)
+    losses: list[NDArray[np.float64]] = []
+    for index, window in enumerate(cut):
+        loss = window_losses(engine, window)
+        if not np.isfinite(loss).all():
+            return summarise(losses, finite=False)
+        losses.append(loss)
+        progress(index + 1, len(cut))
+    return summarise(losses, finite=True)
+
+
+def cut_windows(engine: Engine, text: str, windows: int) -> list[Tokens]:
+    """Return the first windows of a text, or all where it has fewer; refuse a text shorter than one."""
     tokens = engine.tokenize(text, add_special=True)
     count = min(windows, len(tokens) // WINDOW_TOKENS)
     if count == 0:
         raise ValidationError(
             f"The text is {len(tokens)} tokens long, shorter than one window of {WINDOW_TOKENS}; pass a longer text."
         )
-    losses: list[NDArray[np.float64]] = []
-    for index in range(count):
-        loss = window_losses(engine, tokens[index * WINDOW_TOKENS : (index + 1) * WINDOW_TOKENS])
-        if not np.isfinite(loss).all():
-            return _summary(losses, finite=False)
-        losses.append(loss)
-        progress(index + 1, count)
-    return _summary(losses, finite=True)
+    return [tokens[index * WINDOW_TOKENS : (index + 1) * WINDOW_TOKENS] for index in range(count)]
 
 
 def window_losses(engine: Engine, window: Tokens) -> NDArray[np.float64]:
     """Return the NLL in nats of each scored token of one window, shape (255,)."""
+    return np.concatenate([nll(logits, targets) for logits, targets in scored_logits(engine, window)])
+
+
+def scored_logits(engine: Engine, window: Tokens) -> Iterator[tuple[NDArray[np.float32], Tokens]]:
+    """Yield the logits of the scored positions, (tokens, vocabulary), with the tokens they are to predict."""
     inputs = window.copy()
     if engine.adds_bos:
         inputs[0] = engine.bos
     engine.clear()
     engine.decode(inputs[:FIRST_SCORED], outputs=0)
-    losses = []
     for start in range(FIRST_SCORED, WINDOW_TOKENS - 1, CHUNK_TOKENS):
         stop = min(start + CHUNK_TOKENS, WINDOW_TOKENS - 1)
         logits = engine.decode(inputs[start:stop], outputs=stop - start)
-        losses.append(nll(logits, window[start + 1 : stop + 1]))
-    return np.concatenate(losses)
+        yield logits, window[start + 1 : stop + 1]
 
 
 def nll(logits: NDArray[np.float32], targets: Tokens) -> NDArray[np.float64]:
@@ -79,7 +88,8 @@ def nll(logits: NDArray[np.float32], targets: Tokens) -> NDArray[np.float64]:
     return result
 
 
-def _summary(losses: list[NDArray[np.float64]], finite: bool) -> Score:
+def summarise(losses: Sequence[NDArray[np.float64]], finite: bool) -> Score:
+    """Return the perplexity of the windows' losses, each (255,); none where one more window was not finite."""
     windows = tuple(float(loss.mean()) for loss in losses)
     scored = sum(len(loss) for loss in losses)
     if not finite:

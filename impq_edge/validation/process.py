@@ -67,7 +67,7 @@ def run_child(
     ValidationError
         With the child's own sentence, or one for the signal, status or time-out that ended it.
     """
-    with tempfile.TemporaryFile() as stderr, _start(arguments, stderr, job["kind"] == "score") as child:
+    with tempfile.TemporaryFile() as stderr, _start(arguments, stderr, job["kind"] in {"score", "compare"}) as child:
         expired = threading.Event()
         timer = threading.Timer(timeout_s, _expire, (child, expired))
         timer.start()

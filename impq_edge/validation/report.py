@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 import pydantic
 
 from impq_edge.records import STRICT, Record
+from impq_edge.validation.results import Divergence
 from impq_edge.validation.settings import RunSettings
 
 Status = Literal["passed", "failed", "not_checked"]
@@ -69,6 +70,10 @@ class ValidationReport(Record):
     checks: tuple[Check, ...]
     request_sha256: str  # over all that was asked for: a resumed build sees what need not be measured again
     passed: bool  # nothing failed; what could not be checked does not count
+
+    reference: str | None = None  # name of the file that this one was compared with
+    reference_sha256: str | None = None
+    divergence: Divergence | None = None  # None: there was no reference, or a prediction is not finite
 
     def __post_init__(self) -> None:
         if self.passed != all(check.status != "failed" for check in self.checks):

@@ -1,7 +1,10 @@
 """What the child process measures: plain values that travel as JSON. Imports nothing heavy, on either side."""
 
 import dataclasses
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+if TYPE_CHECKING:
+    import pydantic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +20,39 @@ class Score:
     def from_json(cls, data: dict[str, Any]) -> Self:
         """Rebuild it on the other side."""
         return cls(**{**data, "window_nlls": tuple(data["window_nlls"])})
+
+
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """How far a file's predictions are from a reference's, token by token; KLD in nats, probabilities as shares."""
+
+    # A plain dict with the values of records.STRICT, as in RunSettings.
+    __pydantic_config__: ClassVar["pydantic.ConfigDict"] = {"extra": "forbid", "allow_inf_nan": False}
+
+    tokens: int  # scored
+    kld_mean: float  # Σ p (ln p − ln q), p the reference's and q the file's probabilities
+    kld_stderr: float  # of the mean, tokens taken as independent; so are all errors here
+    kld_median: float
+    kld_p99: float
+    kld_max: float
+    delta_p_mean: float  # of the text's own tokens: q − p
+    delta_p_stderr: float
+    delta_p_rms: float
+    delta_p_rms_stderr: float
+    same_top: float  # share of tokens for which both find the same token likeliest
+    same_top_stderr: float
+    perplexity_ratio: float  # the file's over the reference's
+    perplexity_ratio_stderr: float  # of paired losses, so far smaller than those of both perplexities
+    reference_perplexity: float
+    reference_perplexity_stderr: float
+    window_klds: tuple[float, ...]  # mean KLD of each window: compare files pair by pair
+    reference_window_nlls: tuple[float, ...]  # mean NLL of each window in nats per token
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Rebuild it on the other side."""
+        lists = ("window_klds", "reference_window_nlls")
+        return cls(**{**data, **{name: tuple(data[name]) for name in lists}})
 
 
 @dataclasses.dataclass(frozen=True)

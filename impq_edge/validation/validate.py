@@ -9,12 +9,12 @@ from typing import get_args
 from impq_edge.data import data_path
 from impq_edge.devices.profile import DeviceProfile, is_this_machine
 from impq_edge.errors import ValidationError
-from impq_edge.records import read_text, sha256_file, sha256_json
-from impq_edge.validation.checks import check_all
+from impq_edge.records import read_text, sha256_file, sha256_files, sha256_json
+from impq_edge.validation.checks import check_all, check_divergence
 from impq_edge.validation.file import FileFacts, read_facts
 from impq_edge.validation.process import Progress, run_child
 from impq_edge.validation.report import Check, ValidationReport
-from impq_edge.validation.results import Build, Run, Score
+from impq_edge.validation.results import Build, Divergence, Run, Score
 from impq_edge.validation.settings import KvType, RunSettings
 
 DEFAULT_WINDOWS = 24
@@ -34,6 +34,7 @@ def validate(
     *,
     device: DeviceProfile | None = None,
     text: Path | None = None,
+    reference: Path | None = None,
     windows: int = DEFAULT_WINDOWS,
     threads: int | None = None,
     context_tokens: int | None = None,
@@ -55,6 +56,9 @@ def validate(
         Whose settings to run with and whose limits to check; None: llama.cpp's defaults, no limits.
     text
         Evaluation text, UTF-8; the one that ships by default.
+    reference
+        A GGUF of the same model, as a rule its F16: how far this file's predictions are from its on the text.
+        The two are loaded side by side for that.
     windows
         Windows of 512 tokens to score, as many as the text has at most.
     threads, context_tokens, kv_type, use_extra_bufts
@@ -71,18 +75,20 @@ def validate(
     Raises
     ------
     ValidationError
-        When the file is no sound GGUF, llama.cpp refuses it or dies of it, the text is too short, or an
-        option is out of range.
+        When the file or the reference is no sound GGUF, llama.cpp refuses one or dies of it, the two have
+        different vocabularies, the text is too short, or an option is out of range.
     RecordError
         When the text cannot be read.
     """
     _check_counts(windows=windows, generated_tokens=generated_tokens, repetitions=repetitions, threads=threads)
     facts = read_facts(path)
+    reference_facts = None if reference is None else read_facts(reference)
     here = device is not None and is_this_machine(device)
     settings = _settings(facts, device, here, threads, context_tokens, kv_type, use_extra_bufts)
     evaluation = text or data_path("demo", "evaluation.txt")
     content = read_text(evaluation)
-    file_sha256 = _hash(path, facts.file_bytes, progress)
+    file_sha256 = _hash(facts, progress)
+    reference_sha256 = None if reference_facts is None else _hash(reference_facts, progress)
 
     build = Build(**run_child({"kind": "describe"}, timeout_s=timeout_s))
     run_job = {
@@ -94,20 +100,70 @@ def validate(
         "chat_tokens": CHAT_TOKENS,
         "fill_s": fill_s,
     }
+    # First, because here a text that is too short or a reference of another model shows.
+    score, divergence = _score(path, reference, content, windows, settings, timeout_s, progress)
     run = Run.from_json(run_child(run_job, timeout_s=timeout_s, progress=progress))
-    score_job = {
-        "kind": "score",
-        "file": str(path),
-        "settings": dataclasses.asdict(_score_settings(settings)),
-        "text": content,
-        "windows": windows,
-    }
-    score = Score.from_json(run_child(score_job, timeout_s=timeout_s, progress=progress))
     checks = check_all(run, score, facts.file_bytes, settings.context_tokens, device, here)
+    if reference is not None:
+        checks = (*checks, check_divergence(divergence, reference.name))
     request = request_sha256(
-        device, evaluation, windows=windows, context_tokens=context_tokens, kv_type=kv_type, fill_s=fill_s
+        device, evaluation, windows=windows, context_tokens=context_tokens, kv_type=kv_type, fill_s=fill_s,
+        reference_sha256=reference_sha256,
+    )  # fmt: skip
+    report = _report(path, file_sha256, facts, evaluation, device, settings, build, run, score, checks, request)
+    if reference is None:
+        return report
+    return dataclasses.replace(
+        report, reference=reference.name, reference_sha256=reference_sha256, divergence=divergence
     )
-    return _report(path, file_sha256, facts, evaluation, device, settings, build, run, score, checks, request)
+
+
+def compare(
+    path: Path,
+    reference: Path,
+    *,
+    text: Path | None = None,
+    windows: int = DEFAULT_WINDOWS,
+    threads: int | None = None,
+    timeout_s: float = 3600.0,
+    progress: Progress = lambda _stage, _done, _total: None,
+) -> Divergence:
+    """Measure only how far a file's predictions are from a reference's; arguments as for :func:`validate`.
+
+    Raises
+    ------
+    ValidationError
+        As :func:`validate`, and when a prediction of the file is not finite.
+    """
+    _check_counts(windows=windows, threads=threads)
+    for file in (path, reference):
+        read_facts(file)
+    content = read_text(text or data_path("demo", "evaluation.txt"))
+    settings = RunSettings(_SCORE_CONTEXT_TOKENS, threads or available_threads())
+    _, divergence = _score(path, reference, content, windows, settings, timeout_s, progress)
+    if divergence is None:
+        raise ValidationError(f"The predictions of {path} are not finite; its weights are broken, build it again.")
+    return divergence
+
+
+def _score(
+    path: Path,
+    reference: Path | None,
+    text: str,
+    windows: int,
+    run: RunSettings,
+    timeout_s: float,
+    progress: Progress,
+) -> tuple[Score, Divergence | None]:
+    """Measure the perplexity and, in the same pass, the divergence where there is a reference."""
+    settings = dataclasses.asdict(_score_settings(run))
+    job = {"kind": "score", "file": str(path), "settings": settings, "text": text, "windows": windows}
+    if reference is None:
+        return Score.from_json(run_child(job, timeout_s=timeout_s, progress=progress)), None
+    job |= {"kind": "compare", "reference": str(reference)}
+    found = run_child(job, timeout_s=timeout_s, progress=progress)
+    divergence = found["divergence"] and Divergence.from_json(found["divergence"])
+    return Score.from_json(found["score"]), divergence
 
 
 def _report(
@@ -168,10 +224,12 @@ def request_sha256(
     context_tokens: int | None,
     kv_type: KvType | None,
     fill_s: float,
+    reference_sha256: str | None = None,
 ) -> str:
     """Hash everything a measurement depends on besides the file: device, text, settings, llama.cpp, this machine."""
     return sha256_json(
         {
+            **({"reference": reference_sha256} if reference_sha256 else {}),
             "device": device.to_json() if device else None,
             "on_device": device is not None and is_this_machine(device),
             "text": sha256_file(text),
@@ -253,12 +311,12 @@ def available_threads() -> int:
     return os.cpu_count() or 1
 
 
-def _hash(path: Path, size_bytes: int, progress: Progress) -> str:
+def _hash(facts: FileFacts, progress: Progress) -> str:
     done = 0
 
     def advance(read_bytes: int) -> None:
         nonlocal done
         done += read_bytes
-        progress("hash", done, size_bytes)
+        progress("hash", done, facts.file_bytes)
 
-    return sha256_file(path, advance)
+    return sha256_files(facts.files, advance)

@@ -8,9 +8,21 @@ from impq_edge.backends.kquant_decode import DECODED, decode
 from impq_edge.backends.kquant_gptq import encode_gptq
 from impq_edge.errors import BackendError, ConversionError
 from impq_edge.ggml.encode import encode
-from impq_edge.ggml.types import BLOCK_TYPES, TensorType, type_for_row
+from impq_edge.ggml.types import LADDER, TensorType, type_for_row
 
 ROWS = [(512, 2, "q2_k"), (512, 4, "q4_k"), (576, 2, "q4_0"), (576, 4, "q5_0"), (40, 2, "f16")]
+
+FLOAT16S_AT = {
+    "q4_0": (0,),
+    "q5_0": (0,),
+    "q5_1": (0, 2),
+    "q8_0": (0,),
+    "q2_k": (80, 82),
+    "q3_k": (108,),
+    "q4_k": (0, 2),
+    "q5_k": (0, 2),
+    "q6_k": (208,),
+}
 
 
 @pytest.fixture
@@ -30,7 +42,7 @@ def any_bytes(kind: TensorType, rows: int = 37, blocks: int = 5) -> np.ndarray:
     if kind is TensorType.F16:
         return _finite_f16(rng, (rows, blocks)).view(np.uint8)
     data = rng.integers(0, 256, size=(rows, blocks, kind.block_bytes), dtype=np.uint8)
-    for at in {"q2_k": (80, 82), "q4_k": (0, 2), "q4_0": (0,), "q5_0": (0,)}[kind]:
+    for at in FLOAT16S_AT[kind]:
         data[:, :, at : at + 2] = _finite_f16(rng, (rows, blocks, 1)).view(np.uint8)
     return data.reshape(rows, -1)
 
@@ -70,7 +82,7 @@ def test_quantising_on_cuda_is_that_on_the_cpu(skewed: Inputs) -> None:
 
 
 def test_every_type_a_row_may_fall_back_to_is_decoded() -> None:
-    assert {type_for_row(wanted, row) for wanted in BLOCK_TYPES.values() for row in range(1, 513)} == set(DECODED)
+    assert {type_for_row(wanted, row) for wanted in LADDER.values() for row in range(1, 513)} == set(DECODED)
 
 
 @pytest.mark.parametrize(("columns", "bits", "kind"), ROWS)

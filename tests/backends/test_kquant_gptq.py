@@ -46,7 +46,7 @@ def test_outputs_change_less_than_with_an_importance_matrix(kind: TensorType, se
     weight, second = random_weight(32, seed), moment(seed)
     solved = error(weight, encode_gptq(weight, second, kind), second, kind)
     weighed = error(weight, by_ggml(weight, kind, second.diagonal().contiguous()), second, kind)
-    assert solved < 0.5 * weighed < 0.5 * error(weight, by_ggml(weight, kind), second, kind)
+    assert solved < 0.2 * min(weighed, error(weight, by_ggml(weight, kind), second, kind))
 
 
 @pytest.mark.parametrize("kind", SOLVED)
@@ -62,9 +62,9 @@ def test_other_text_of_the_same_kind_gains_as_well(kind: TensorType) -> None:
 @pytest.mark.parametrize("kind", SOLVED)
 def test_independent_inputs_of_one_size_are_rounded_as_well_as_ggml_rounds(kind: TensorType) -> None:
     weight, second = random_weight(32), torch.eye(COLUMNS)
-    assert error(weight, encode_gptq(weight, second, kind), second, kind) < error(
-        weight, by_ggml(weight, kind), second, kind
-    )
+    solved = error(weight, encode_gptq(weight, second, kind), second, kind)
+    assert solved < error(weight, by_ggml(weight, kind), second, kind)
+    assert solved < error(weight, by_ggml(weight, kind, torch.ones(COLUMNS)), second, kind)
 
 
 @pytest.mark.parametrize("kind", SOLVED)
@@ -100,7 +100,7 @@ def test_a_row_s_bytes_depend_on_that_row_alone(monkeypatch: pytest.MonkeyPatch,
     assert torch.equal(whole, encode_gptq(weight, second, kind))
     split = [encode_gptq(rows.contiguous(), second, kind) for rows in (weight[:1], weight[1:20], weight[20:])]
     assert torch.equal(whole, torch.cat(split))
-    monkeypatch.setattr(kquant_gptq, "_CHUNK_ROWS", 13)
+    monkeypatch.setattr(kquant_gptq, "_CHUNK_ROWS", 13)  # per thread
     assert torch.equal(whole, encode_gptq(weight, second, kind))
 
 
@@ -137,7 +137,30 @@ def test_weights_that_leave_nothing_to_fit(kind: TensorType) -> None:
     out = decode(encode_gptq(weight, moment(), kind), kind)
     assert torch.isfinite(out).all()
     assert not out[0].any()
-    assert (out[1] + 0.01).abs().max() < 1e-4
+    assert (out[1] + 0.01).abs().max() < 1e-3  # errors of one sign are made up for, where a grid has no minimum
+
+
+@pytest.mark.parametrize("kind", SOLVED)
+@pytest.mark.parametrize("size", [1e-5, 1e5])
+def test_small_and_large_weights(kind: TensorType, size: float) -> None:
+    weight, second = size * random_weight(16), moment()
+    data = encode_gptq(weight, second, kind)
+    weighed = by_ggml(weight, kind, second.diagonal().contiguous())
+    assert error(weight, data, second, kind) < 0.5 * error(weight, weighed, second, kind)
+    assert torch.equal(data, encode_gptq(weight, 2**20 * second, kind))  # powers of two round nothing
+
+
+@pytest.mark.parametrize("kind", SOLVED)
+def test_rows_of_one_block(kind: TensorType) -> None:
+    weight, second = random_weight(16)[:, :256].contiguous(), moment()[:256, :256].contiguous()
+    weighed = by_ggml(weight, kind, second.diagonal().contiguous())
+    assert error(weight, encode_gptq(weight, second, kind), second, kind) < 0.5 * error(weight, weighed, second, kind)
+
+
+@pytest.mark.parametrize("kind", SOLVED)
+def test_weights_that_no_float16_scales(kind: TensorType) -> None:
+    for size in (1e-12, 1e12):
+        assert torch.isfinite(decode(encode_gptq(size * random_weight(4), moment(), kind), kind)).all()
 
 
 def test_moments_of_other_inputs_are_refused() -> None:

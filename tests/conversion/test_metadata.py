@@ -8,12 +8,16 @@ from typing import Any
 
 import gguf
 import llama_cpp as api
+import numpy as np
 import pytest
 from checkpoints import ARCHITECTURES
 from gguf import GGUFReader, GGUFWriter, LlamaFileType
 from vocabularies import Vocabulary, spec_of
 
-from impq_edge.conversion.metadata import RECIPE_BYTES, RECIPE_KEY, add_metadata, file_type
+import impq_edge
+from impq_edge.conversion.card import BaseModel, ModelCard
+from impq_edge.conversion.imatrix import Imatrix
+from impq_edge.conversion.metadata import ORIGIN_BYTES, RECIPE_KEY, Origin, add_metadata, file_type
 from impq_edge.conversion.tokenizer import Tokenizer, read_tokenizer
 from impq_edge.errors import ConversionError
 from impq_edge.ggml.types import TensorType
@@ -36,19 +40,28 @@ TOKENIZER = Tokenizer(
 ONE = {"blk.0.ffn_up.weight": TensorType.Q2_K}
 
 
-def write(path: Path, spec: ModelSpec, tokenizer: Tokenizer, types: TensorTypes, recipe: dict[str, Any]) -> Path:
+def write(
+    path: Path,
+    spec: ModelSpec,
+    tokenizer: Tokenizer,
+    types: TensorTypes,
+    recipe: dict[str, Any],
+    origin: Origin | None = None,
+) -> Path:
     writer = GGUFWriter(path, spec.hyperparameters.architecture)
-    add_metadata(writer, spec, tokenizer, types, recipe)
+    add_metadata(writer, spec, tokenizer, types, recipe, origin)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
     return path
 
 
-def small(path: Path, recipe: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+def small(
+    path: Path, recipe: dict[str, Any] | None = None, origin: Origin | None = None, **changes: Any
+) -> dict[str, Any]:
     """Write a file of four tokens and return its metadata."""
     tokenizer = Tokenizer(**{**vars(TOKENIZER), **changes})
-    return fields(write(path, spec_of("qwen3", 4), tokenizer, ONE, recipe or {}))
+    return fields(write(path, spec_of("qwen3", 4), tokenizer, ONE, recipe or {}, origin))
 
 
 def fields(path: Path) -> dict[str, Any]:
@@ -92,7 +105,7 @@ def test_every_key(architecture: str, checkpoints: dict[str, Path], tmp_path: Pa
         "tokenizer.ggml.add_bos_token": architecture != "qwen3",
         "tokenizer.ggml.add_eos_token": False,
         "tokenizer.ggml.add_space_prefix": False,
-        RECIPE_KEY: '{"made by":"a test"}'.ljust(1024),
+        "general.quantized_by": f"impq-edge {impq_edge.__version__}",
     }
     if architecture == "gemma2":
         expected |= {"attention.sliding_window": 64, "attn_logit_softcapping": 50, "final_logit_softcapping": 30}
@@ -106,6 +119,7 @@ def test_every_key(architecture: str, checkpoints: dict[str, Path], tmp_path: Pa
     general = ("general.", "tokenizer.", "impq_edge.")
     named = {(key if key.startswith(general) else f"{architecture}.{key}"): value for key, value in expected.items()}
     assert found.pop("general.size_label").endswith("M")
+    assert found.pop(RECIPE_KEY).rstrip(" ") == '{"made by":"a test"}'
     assert found == named
 
 
@@ -132,23 +146,84 @@ def test_the_recipe_comes_back(tmp_path: Path) -> None:
     recipe = {"device": "Küche “Pi 5”", "budget_bytes": 123456789, "perplexity": 1 / 3, "seed": None, "quote": 'a"\\\n'}
     stored = small(tmp_path / "x.gguf", recipe)[RECIPE_KEY]
     assert json.loads(stored) == recipe
-    assert len(stored.encode()) == RECIPE_BYTES
 
 
-def test_the_size_does_not_depend_on_the_recipe_or_the_types(tmp_path: Path) -> None:
-    full = {"x": "y" * (RECIPE_BYTES - len('{"x":""}'))}
+CARD = ModelCard(
+    license="other",
+    license_name="küche-1.0",
+    license_link="https://example.org/licence",
+    base_models=(
+        BaseModel("Tiny Base", "v2", "Some Org", "https://huggingface.co/some-org/tiny-base-v2"),
+        BaseModel("Other"),
+    ),
+    tags=("text-generation", "tiny"),
+    languages=("en", "no"),
+)
+IMATRIX = Imatrix.dense({"a": np.ones(4), "b": np.ones(8)}, 9, datasets=["prose.txt"], chunk_count=7, chunk_tokens=512)
+FULL = Origin(CARD, "somebody", IMATRIX, "measured/imatrix.gguf")
+
+
+def room(origin: Origin, path: Path) -> int:
+    """Bytes that are left for the recipe."""
+    return len(small(path, {}, origin)[RECIPE_KEY].encode())
+
+
+def test_origin(tmp_path: Path) -> None:
+    found = small(tmp_path / "x.gguf", {}, FULL)
+    keys = {key: value for key, value in found.items() if key.startswith(("general.", "quantize."))}
+    assert keys == {
+        "general.architecture": "qwen3",
+        "general.type": "model",
+        "general.name": keys["general.name"],
+        "general.size_label": keys["general.size_label"],
+        "general.file_type": LlamaFileType.MOSTLY_Q2_K,
+        "general.quantization_version": 2,
+        "general.license": "other",
+        "general.license.name": "küche-1.0",
+        "general.license.link": "https://example.org/licence",
+        "general.base_model.count": 2,
+        "general.base_model.0.name": "Tiny Base",
+        "general.base_model.0.version": "v2",
+        "general.base_model.0.organization": "Some Org",
+        "general.base_model.0.repo_url": "https://huggingface.co/some-org/tiny-base-v2",
+        "general.base_model.1.name": "Other",
+        "general.tags": ["text-generation", "tiny"],
+        "general.languages": ["en", "no"],
+        "general.quantized_by": "somebody",
+        "quantize.imatrix.file": "measured/imatrix.gguf",
+        "quantize.imatrix.dataset": "prose.txt",
+        "quantize.imatrix.entries_count": 2,
+        "quantize.imatrix.chunks_count": 7,
+    }
+
+
+def test_long_names_are_cut_as_llama_quantize_cuts_them(tmp_path: Path) -> None:
+    origin = Origin(quantized_by="ü" * 99, imatrix=IMATRIX, imatrix_file="x" * 999)
+    found = small(tmp_path / "x.gguf", {}, origin)
+    assert (found["general.quantized_by"], found["quantize.imatrix.file"]) == ("ü" * 63, "x" * 127)
+
+
+def test_the_size_does_not_depend_on_recipe_origin_or_types(tmp_path: Path) -> None:
+    full = {"x": "y" * (room(FULL, tmp_path / "full.gguf") - len('{"x":""}'))}
+    variants: list[tuple[dict[str, Any], Origin | None, str]] = [
+        ({}, None, "q2_k"), (full, FULL, "q4_k"), ({"a": 1.5}, Origin(quantized_by=""), "f16"),
+        ({"é": "“"}, FULL, "f32"), ({}, Origin(imatrix=IMATRIX), "q8_0"), ({}, Origin(CARD), "q6_k"),
+    ]  # fmt: skip
     sizes = set()
-    for number, (recipe, kind) in enumerate([({}, "q2_k"), (full, "q4_k"), ({"a": 1.5}, "f16")]):
+    for number, (recipe, origin, kind) in enumerate(variants):
         types = {"blk.0.ffn_up.weight": TensorType(kind)}
-        path = write(tmp_path / f"{number}.gguf", spec_of("llama", 4), TOKENIZER, types, recipe)
+        path = write(tmp_path / f"{number}.gguf", spec_of("llama", 4), TOKENIZER, types, recipe, origin)
         sizes.add(path.stat().st_size)
     assert len(sizes) == 1
 
 
-@pytest.mark.parametrize("text", ["y" * (RECIPE_BYTES - len('{"x":""}') + 1), "é" * 200])
-def test_a_longer_recipe_is_refused(text: str, tmp_path: Path) -> None:
-    with pytest.raises(ConversionError, match="1024 are the limit"):
-        small(tmp_path / "x.gguf", {"x": text})
+@pytest.mark.parametrize(("letter", "letter_bytes"), [("y", 1), ("é", 2)])
+def test_a_longer_recipe_is_refused(letter: str, letter_bytes: int, tmp_path: Path) -> None:
+    fits = (room(FULL, tmp_path / "x.gguf") - len('{"x":""}')) // letter_bytes
+    small(tmp_path / "fits.gguf", {"x": letter * fits}, FULL)
+    with pytest.raises(ConversionError, match=f"{ORIGIN_BYTES} are the limit"):
+        small(tmp_path / "y.gguf", {"x": letter * (fits + 1)}, FULL)
+    assert fits * letter_bytes > 1500
 
 
 @pytest.mark.parametrize("name", ["Phi-3-mini-llamafied", "my_phi3", "modern-bert"])

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from impq_edge.conversion.layout import header_bytes
 from impq_edge.conversion.tokenizer import read_tokenizer
-from impq_edge.conversion.writer import header_bytes
 from impq_edge.data import data_path
 from impq_edge.model.spec import read_model
 from impq_edge.stages import allocate, load_profile

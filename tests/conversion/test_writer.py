@@ -15,24 +15,58 @@ from checkpoints import ARCHITECTURES, make_checkpoint
 import impq_edge
 from impq_edge.backends import load_backend
 from impq_edge.conversion.artifact import Artifact
-from impq_edge.conversion.tensors import interleave_rotary_rows
-from impq_edge.conversion.tokenizer import read_tokenizer
-from impq_edge.conversion.writer import file_bytes, header_bytes
+from impq_edge.conversion.encoder import PlainEncoder
+from impq_edge.conversion.imatrix import Imatrix
+from impq_edge.conversion.layout import Layout, header_bytes, plan_gguf
+from impq_edge.conversion.tensors import row_order
+from impq_edge.conversion.tokenizer import Tokenizer, read_tokenizer
+from impq_edge.conversion.writer import write_gguf
 from impq_edge.errors import AllocationError, ConversionError, ImpqError, ModelError, RecordError
+from impq_edge.ggml.encode import encode
 from impq_edge.ggml.types import TensorType
 from impq_edge.impq.allocate import Request, allocate_blocks
 from impq_edge.impq.allocation import Allocation
 from impq_edge.model.load import read_tensor
 from impq_edge.model.recipe import tensor_types
-from impq_edge.model.spec import ModelSpec, read_model
+from impq_edge.model.spec import ModelSpec, TensorSpec, read_model
+from impq_edge.records import sha256_file
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+def tokenizer_of(directory: Path, spec: ModelSpec) -> Tokenizer:
+    return read_tokenizer(directory, spec.hyperparameters.vocabulary, spec.hyperparameters.architecture)
+
+
+def planned(directory: Path, kind: str, shard_bytes: int | None = None) -> Layout:
+    spec = read_model(directory)
+    outer = TensorType(kind) if kind in ("f32", "f16", "q8_0") else TensorType.Q6_K
+    types = tensor_types(spec, [TensorType(kind)] * spec.n_blocks, outer)
+    return plan_gguf(spec, tokenizer_of(directory, spec), types, {}, shard_bytes=shard_bytes)
+
+
+class Weighed(PlainEncoder):
+    """Other importances for every tensor."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        rng = np.random.default_rng(1)
+        self.columns = {
+            tensor.gguf_name: rng.lognormal(sigma=2, size=tensor.shape[-1]).astype(np.float32)
+            for tensor in spec.tensors
+            if tensor.role == "matrix"
+        }
+
+    def importance(self, tensor: TensorSpec, kind: TensorType) -> np.ndarray | None:
+        return self.columns.get(tensor.gguf_name)
 
 
 def mixed(spec: ModelSpec, directory: Path) -> Allocation:
     """An allocation of the random model at 10/3 bits: blocks 0 and 2 at 4 bit."""
-    tokenizer = read_tokenizer(directory, spec.hyperparameters.vocabulary, spec.hyperparameters.architecture)
     request = Request(impq_edge.load_device("laptop-16gb"), 512, "f16", average_bits=Fraction(10, 3))
     phi = np.array([0.3, 0.1, 0.2])
-    return allocate_blocks(spec, header_bytes(spec, tokenizer), phi, np.zeros((3, 3)), "0" * 64, request)
+    return allocate_blocks(
+        spec, header_bytes(spec, tokenizer_of(directory, spec)), phi, np.zeros((3, 3)), "0" * 64, request
+    )
 
 
 def weights_of(path: Path) -> dict[str, np.ndarray]:
@@ -56,10 +90,9 @@ def test_a_mixed_file_holds_what_the_game_was_played_with(
     for block, bits in enumerate(allocation.player_bits):
         for tensor in spec.block_matrices(block):
             played = backend.quantise(torch.from_numpy(read_tensor(directory, tensor)), bits).weight.numpy()
-            heads = {"attn_q": 4, "attn_k": 2}.get(tensor.gguf_name.split(".")[2])
-            if architecture == "llama" and heads:
-                played = interleave_rotary_rows(played, heads)
-            assert np.array_equal(written[tensor.gguf_name], played), tensor.gguf_name
+            order = row_order(spec, tensor)
+            expected = played if order is None else played[order]
+            assert np.array_equal(written[tensor.gguf_name], expected), tensor.gguf_name
     assert artifact.tensor_types == allocation.tensor_types
     assert set(written) == set(allocation.tensor_types)
 
@@ -76,26 +109,108 @@ def test_size_is_predicted_to_the_byte(
         predicted = allocation.predicted_file_bytes
         made = impq_edge.convert(str(directory), allocation=allocation, out=out)
     else:
-        tokenizer = read_tokenizer(directory, 8192, spec.hyperparameters.architecture)
-        outer = TensorType(kind) if kind in ("f32", "f16", "q8_0") else TensorType.Q6_K
-        predicted = file_bytes(spec, tokenizer, tensor_types(spec, [TensorType(kind)] * 3, outer))
+        predicted = planned(directory, kind).file_bytes
         made = impq_edge.convert(str(directory), type=kind, out=out)
     assert made.file_bytes == made.predicted_file_bytes == predicted == out.stat().st_size
     assert made.is_intact(tmp_path) and Artifact.load(tmp_path / "m.gguf.json") == made
 
 
-def test_shards_threads_and_repetition_change_no_byte(tmp_path: Path) -> None:
-    one = make_checkpoint(tmp_path / "one", "llama")
-    three = make_checkpoint(tmp_path / "three", "llama", shards=3)
-    for directory in (one, three):
-        for threads in (1, 3):
-            impq_edge.convert(
-                str(directory), type="q2_k", out=tmp_path / f"{directory.name}-{threads}", threads=threads
-            )
-    assert (tmp_path / "one-1").read_bytes() == (tmp_path / "one-3").read_bytes()
-    assert (tmp_path / "three-1").read_bytes() == (tmp_path / "three-3").read_bytes()
-    first, second = (weights_of(tmp_path / name) for name in ("one-1", "three-1"))
+@pytest.mark.parametrize("weighed", [False, True])
+def test_threads_and_pieces_change_no_byte(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weighed: bool
+) -> None:
+    layout = planned(checkpoints["llama"], "q2_k")
+    encoder = Weighed(layout.spec) if weighed else PlainEncoder()
+    hashes = set()
+    for chunk_weights, threads in ((1 << 19, 1), (1 << 30, 3), (5 * 256, 4), (1 << 12, 1)):
+        monkeypatch.setattr("impq_edge.conversion.writer._CHUNK_WEIGHTS", chunk_weights)
+        out = tmp_path / "m.gguf"
+        written = write_gguf(checkpoints["llama"], layout, out, encoder=encoder, threads=threads)
+        assert written.sha256 == sha256_file(out)
+        hashes.add(written.sha256)
+    assert len(hashes) == 1
+
+
+def test_how_the_checkpoint_is_cut_changes_no_tensor(tmp_path: Path) -> None:
+    for shards in (1, 3):
+        directory = make_checkpoint(tmp_path / f"{shards}", "llama", shards=shards)
+        impq_edge.convert(str(directory), type="q2_k", out=tmp_path / f"{shards}.gguf")
+    first, second = (weights_of(tmp_path / f"{shards}.gguf") for shards in (1, 3))
     assert all(np.array_equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", ["q2_k", "q4_k"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tensors_are_those_of_llama_quantize_with_the_same_importance_matrix(
+    checkpoints: dict[str, Path], tmp_path: Path, architecture: str, kind: str
+) -> None:
+    """From safetensors and from an F32 GGUF of them: what llama.cpp's own quantiser writes, to the byte."""
+    directory, layout = checkpoints[architecture], planned(checkpoints[architecture], kind)
+    encoder = Weighed(layout.spec)
+    write_gguf(directory, layout, tmp_path / "ours.gguf", encoder=encoder)
+    squares = {name: columns.astype(np.float64) for name, columns in encoder.columns.items()}
+    matrix = Imatrix.dense(squares, 1, datasets=["random"], chunk_count=1, chunk_tokens=1)
+    matrix.write(tmp_path / "imatrix.gguf")
+    impq_edge.convert(str(directory), type="f32", out=tmp_path / "f32.gguf")
+    outer = [f"--tensor-type={name}=q6_k" for name in ("token_embd", "^output.weight")]
+    subprocess.run(
+        [
+            sys.executable, TOOLS / "llama_quantize.py", tmp_path / "f32.gguf", tmp_path / "theirs.gguf", "--pure",
+            "--type", {"q2_k": "Q2_K", "q4_k": "Q4_K_S"}[kind], "--imatrix", tmp_path / "imatrix.gguf", *outer,
+        ],
+        check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(TOOLS.parent)},
+    )  # fmt: skip
+    ours, theirs = (
+        {t.name: t for t in gguf.GGUFReader(tmp_path / f"{who}.gguf").tensors} for who in ("ours", "theirs")
+    )
+    assert ours.keys() == theirs.keys() and {t.tensor_type.name.lower() for t in ours.values()} == {kind, "q6_k", "f32"}
+    for name, tensor in ours.items():
+        assert tensor.tensor_type == theirs[name].tensor_type and np.array_equal(tensor.data, theirs[name].data), name
+
+
+class Solving(PlainEncoder):
+    """Solves what it is asked to, and remembers in which order it was asked."""
+
+    def __init__(self, directory: Path, wanted: str) -> None:
+        self.directory, self.wanted = directory, wanted
+        self.asked: list[str] = []
+        self.weighed: list[str] = []
+
+    def importance(self, tensor: TensorSpec, kind: TensorType) -> None:
+        self.weighed.append(tensor.gguf_name)
+
+    def solved(self, tensor: TensorSpec, kind: TensorType) -> np.ndarray | None:
+        self.asked.append(tensor.gguf_name)
+        if self.wanted not in tensor.gguf_name:
+            return None
+        return encode(-read_tensor(self.directory, tensor), kind)
+
+
+def test_solved_bytes_are_written_as_they_are_in_the_order_of_the_file(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    directory, layout = checkpoints["llama"], planned(checkpoints["llama"], "q4_k")
+    encoder = Solving(directory, "attn_q")
+    write_gguf(directory, layout, tmp_path / "solved.gguf", encoder=encoder)
+    write_gguf(directory, layout, tmp_path / "plain.gguf")
+    solved, plain = weights_of(tmp_path / "solved.gguf"), weights_of(tmp_path / "plain.gguf")
+    for tensor in layout.spec.tensors:
+        name, order = tensor.gguf_name, row_order(layout.spec, tensor)
+        if "attn_q" in name:
+            negative = encode(-read_tensor(directory, tensor), TensorType.Q4_K)
+            assert order is not None
+            assert np.array_equal(solved[name], gguf.dequantize(negative, TensorType.Q4_K.ggml)[order])
+        else:
+            assert np.array_equal(solved[name], plain[name])
+    assert encoder.asked == [t.gguf_name for t in layout.spec.tensors if t.role != "vector"]
+    assert encoder.weighed == [name for name in encoder.asked if "attn_q" not in name]
+
+
+def test_progress_counts_every_byte_of_data(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    layout = planned(checkpoints["gemma2"], "q2_k")
+    steps: list[int] = []
+    write_gguf(checkpoints["gemma2"], layout, tmp_path / "m.gguf", progress=steps.append)
+    assert sum(steps) == layout.file_bytes - len(layout.pieces[0].header) and len(steps) > len(layout.spec.tensors)
 
 
 def test_a_row_that_holds_no_k_quants_needs_permission(tmp_path: Path) -> None:
@@ -158,23 +273,66 @@ def test_size_is_predicted_whatever_the_directory_is_called(checkpoints: dict[st
     assert made.file_bytes == allocation.predicted_file_bytes
 
 
-def test_kill_at_any_moment_leaves_no_file_under_the_final_name(demo: Path, tmp_path: Path) -> None:
-    """SIGKILL at spread moments of the writing; the next run cleans up and completes with the same bytes."""
-    impq_edge.convert(str(demo), type="q2_k", out=tmp_path / "whole.gguf")
-    whole = (tmp_path / "whole.gguf").read_bytes()
-    out = tmp_path / "k" / "m.gguf"
-    code = f"import impq_edge, pathlib; impq_edge.convert(type='q2_k', out=pathlib.Path({str(out)!r}))"
-    for delay_s in (0.0, 0.1, 0.3):
-        child = subprocess.Popen([sys.executable, "-c", code])
-        while child.poll() is None and not list(out.parent.glob(".m.gguf.*.tmp")):
-            time.sleep(0.01)
-        time.sleep(delay_s)
-        child.kill()
-        child.wait()
-        assert not out.exists() or out.read_bytes() == whole
-    impq_edge.convert(str(demo), type="q2_k", out=out)
-    assert out.read_bytes() == whole
-    assert sorted(path.name for path in out.parent.iterdir()) == ["m.gguf", "m.gguf.json"]
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of 58 million weights, half of them in the embedding: seconds of encoding."""
+    shape = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2, "num_attention_heads": 16}
+    return make_checkpoint(tmp_path_factory.mktemp("large") / "m", "llama", shards=2, vocab_size=28_672, **shape)
+
+
+CONVERT = """
+import sys
+from pathlib import Path
+import impq_edge
+directory, out, shard_bytes = sys.argv[1:]
+impq_edge.convert(directory, type="q2_k", out=Path(out), threads=1, shard_bytes=int(shard_bytes) or None)
+"""
+
+
+@pytest.mark.parametrize("shard_bytes", [0, 25_000_000])
+def test_kill_while_writing_leaves_no_file_under_a_final_name(large: Path, tmp_path: Path, shard_bytes: int) -> None:
+    """SIGKILL when most of it is on the disk, in the second of two pieces; the next run cleans up and completes."""
+    layout = planned(large, "q2_k", shard_bytes or None)
+    out = tmp_path / "m.gguf"
+    child = subprocess.Popen([sys.executable, "-c", CONVERT, large, out, str(shard_bytes)])
+    while sum(path.stat().st_size for path in tmp_path.iterdir()) < 0.8 * layout.file_bytes:
+        assert child.poll() is None
+        time.sleep(0.005)
+    child.kill()
+    child.wait()
+    assert not any(path.exists() for path in (out, *layout.paths(out)))
+    assert len(list(tmp_path.glob(".m*.tmp"))) == len(layout.pieces) == (1 if not shard_bytes else 2)
+    written = write_gguf(large, layout, out)
+    assert sorted(tmp_path.iterdir()) == sorted(written.files)
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from test_writer import planned, write_gguf
+from impq_edge.ggml.encode import encode
+from impq_edge.ggml.types import TensorType
+from impq_edge.validation.memory import anonymous_bytes, peak_rss_bytes
+import numpy as np
+layout = planned(Path(sys.argv[1]), "q4_k")
+encode(np.zeros((1, 256), np.float32), TensorType.Q4_K)  # loads the library
+before = peak_rss_bytes()
+write_gguf(Path(sys.argv[1]), layout, Path(sys.argv[2]), threads=2)
+print(peak_rss_bytes() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere the peak is that of the parent process")
+def test_memory_does_not_hold_a_tensor_whole(large: Path, tmp_path: Path) -> None:
+    arguments = [str(large), str(tmp_path / "m.gguf"), str(Path(__file__).parent)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, *arguments], check=True, capture_output=True, text=True, env=environment
+    )
+    largest = max(tensor.weights for tensor in read_model(large).tensors)
+    assert largest == 28_672 * 1024
+    assert int(done.stdout) < largest  # a quarter of it in float32, half in BF16
 
 
 def test_the_recipe_tells_how_the_file_was_made(checkpoints: dict[str, Path], tmp_path: Path) -> None:

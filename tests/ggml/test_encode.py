@@ -1,5 +1,6 @@
 import ctypes
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -131,18 +132,21 @@ def test_floats_are_rounded_once(weights: np.ndarray, importance: np.ndarray, ki
 
 
 @pytest.mark.parametrize("weighed", [False, True])
-def test_bytes_do_not_depend_on_threads(
-    monkeypatch: pytest.MonkeyPatch, weights: np.ndarray, importance: np.ndarray, weighed: bool
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_bytes_of_a_row_do_not_depend_on_the_others(
+    weights: np.ndarray, importance: np.ndarray, kind: TensorType, weighed: bool
 ) -> None:
     columns = importance if weighed else None
-    whole = encode(weights, TensorType.Q2_K, threads=1, importance=columns)
-    monkeypatch.setattr("impq_edge.ggml.encode._CHUNK_WEIGHTS", 5 * COLUMNS)
-    assert np.array_equal(encode(weights, TensorType.Q2_K, threads=4, importance=columns), whole)
+    pieces = [encode(weights[first : first + 5], kind, importance=columns) for first in range(0, ROWS, 5)]
+    assert np.array_equal(encode(weights, kind, importance=columns), np.concatenate(pieces))
 
 
-def test_f16_overflow_is_refused() -> None:
-    with pytest.raises(ConversionError, match="65504"):
-        encode(np.full((1, 32), 1e6, dtype=np.float32), TensorType.F16)
+@pytest.mark.parametrize("weight", [1e6, -65520.0])
+def test_f16_overflow_is_refused(weight: float) -> None:
+    weights = np.zeros((2, 32), np.float32)
+    weights[1, 7] = weight
+    with pytest.raises(ConversionError, match=re.escape(f"A weight of {abs(weight):g} exceeds F16's 65504")):
+        encode(weights, TensorType.F16)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -1e-9])

@@ -193,13 +193,15 @@ def test_the_number_of_workers_changes_no_bit_of_a_loss(ray: Any, checkpoints: d
         import torch
 
         from impq_edge.backends import load_backend
-        from impq_edge.model.load import load_model, read_tensor
+        from impq_edge.model.calibration import Windows
+        from impq_edge.model.load import read_tensor
         from impq_edge.model.spec import read_model
         from impq_edge.spqe.game import Game
+        from impq_edge.spqe.walk import open_walk
 
         spec = read_model(directory)
         tokens = np.random.default_rng(0).integers(10, 8000, size=(5, 96))
-        game = Game(load_model(directory, spec, torch.device("cpu"), torch.float32), spec, tokens)
+        game = Game(open_walk(directory, spec, Windows(tokens, ""), torch.device("cpu"), torch.float32))
         game.prepare(lambda tensor: torch.from_numpy(read_tensor(directory, tensor)), load_backend("kquant"))
         return game
 

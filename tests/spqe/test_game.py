@@ -7,11 +7,13 @@ import torch
 
 from impq_edge.backends import NAMES, load_backend
 from impq_edge.errors import SensitivityError
+from impq_edge.model.calibration import Windows
 from impq_edge.model.load import load_model, read_tensor
 from impq_edge.model.players import PlayerKind, players_of
 from impq_edge.model.spec import read_model
-from impq_edge.spqe.game import TOKENS_PER_BATCH, Game, Prepared
+from impq_edge.spqe.game import Game, Prepared
 from impq_edge.spqe.sampling import Coalition, Estimator, draws, evaluation_order
+from impq_edge.spqe.walk import TOKENS_PER_BATCH, open_walk
 
 CPU = torch.device("cpu")
 
@@ -22,7 +24,7 @@ def windows(count: int = 5, length: int = 96) -> np.ndarray:
 
 def game_of(directory: Path, tokens: np.ndarray, backend: str = "kquant", players: PlayerKind = "blocks") -> Game:
     spec = read_model(directory)
-    game = Game(load_model(directory, spec, CPU, torch.float32), spec, tokens, players)
+    game = Game(open_walk(directory, spec, Windows(tokens, ""), CPU, torch.float32), players)
     prepare(game, directory, backend)
     return game
 
@@ -54,7 +56,7 @@ def test_losses_are_those_of_the_whole_model(checkpoints: dict[str, Path], archi
     """Windows of 96 tokens are longer than the random Gemma's sliding window of 64."""
     directory, tokens = checkpoints[architecture], windows()
     spec = read_model(directory)
-    game = Game(load_model(directory, spec, CPU, torch.float32), spec, tokens)
+    game = Game(open_walk(directory, spec, Windows(tokens, ""), CPU, torch.float32))
     prepared = prepare(game, directory)
     assert prepared.reference_losses == pytest.approx(library_losses(directory, tokens, None, ""), abs=2e-5)
     for coalition in [(4, 4, 4), (2, 4, 2), (2, 2, 2), (4, 2, 4)]:
@@ -133,12 +135,12 @@ def test_a_batch_of_other_size_changes_nothing_but_rounding(
 def test_logits_in_pieces(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     directory, tokens = checkpoints["gemma2"], windows(count=2)
     whole = game_of(directory, tokens).losses((2, 2, 2))
-    monkeypatch.setattr("impq_edge.spqe.game.LOGITS_PER_CHUNK", 7 * 8192)
+    monkeypatch.setattr("impq_edge.spqe.walk.LOGITS_PER_CHUNK", 7 * 8192)
     assert game_of(directory, tokens).losses((2, 2, 2)) == pytest.approx(whole, abs=1e-5)
 
 
 def test_a_loss_that_is_not_finite_is_refused(checkpoints: dict[str, Path]) -> None:
     game = game_of(checkpoints["llama"], windows(count=1))
-    game._model.model.norm.weight.data.fill_(float("nan"))
+    game._walk.outside.model.norm.weight.data.fill_(float("nan"))
     with pytest.raises(SensitivityError, match="not finite"):
         game.losses((4, 4, 4))

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from impq_edge.backends import NAMES, load_backend
-from impq_edge.model.load import load_model, read_tensor
+from impq_edge.model.calibration import Windows
+from impq_edge.model.load import read_tensor
 from impq_edge.model.players import PlayerKind, players_of
 from impq_edge.model.spec import read_model
 from impq_edge.spqe.game import Game
 from impq_edge.spqe.sampling import Coalition, draws, evaluation_order
+from impq_edge.spqe.walk import open_walk
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
@@ -23,13 +25,11 @@ def game_on(
     *,
     players: PlayerKind = "blocks",
     resident: int | None = None,
-    on_host: bool = False,
 ) -> Game:
     spec = read_model(directory)
     tokens = np.random.default_rng(0).integers(10, 8000, size=(5, 96))
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    model = load_model(directory, spec, torch.device(device), dtype, blocks_on_host=on_host)
-    game = Game(model, spec, tokens, players)
+    game = Game(open_walk(directory, spec, Windows(tokens, ""), torch.device(device), dtype), players)
     game.prepare(
         lambda tensor: torch.from_numpy(read_tensor(directory, tensor)), load_backend(backend), resident_blocks=resident
     )
@@ -68,14 +68,12 @@ def test_reuse_changes_no_bit_of_a_loss(checkpoints: dict[str, Path], backend: s
 def test_graphs_and_streaming_change_no_bit_of_a_loss(
     checkpoints: dict[str, Path], architecture: str, players: PlayerKind
 ) -> None:
-    """All blocks on the GPU with and without CUDA graphs, some in host memory, all, and the checkpoint there too."""
+    """All blocks on the GPU with and without CUDA graphs, some in host memory, and all."""
     directory = checkpoints[architecture]
     graphs, plain = (game_on("cuda", directory, "hqq", players=players) for _ in range(2))
     assert graphs._graphs is not None
     plain._graphs = None
-    others = [
-        game_on("cuda", directory, "hqq", players=players, resident=n, on_host=h) for n, h in ((2, False), (0, True))
-    ]
+    others = [game_on("cuda", directory, "hqq", players=players, resident=n) for n in (2, 0)]
     assert [game.streamed_blocks for game in others] == [1, 3]
     wanted = some_coalitions(directory, players)
     for coalition in [*wanted, *wanted[::-1]]:  # a graph is recorded when a version of a block is met again

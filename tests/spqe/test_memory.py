@@ -8,7 +8,7 @@ import pytest
 from impq_edge.errors import SensitivityError
 from impq_edge.model.config import HyperParameters
 from impq_edge.model.spec import ModelSpec, TensorSpec
-from impq_edge.spqe.memory import Placement, place
+from impq_edge.spqe.memory import resident_blocks
 
 GIB = 2**30
 LLAMA_8B = (32, 4096, 14336, 32)
@@ -36,36 +36,35 @@ def block_bytes(spec: ModelSpec) -> int:
     return 2 * sum(tensor.weights for tensor in spec.block_matrices(0))
 
 
-def placed(spec: ModelSpec, gib: float, **changes: Any) -> Placement:
-    return place(spec, **{**TEXT, **changes}, free_bytes=int(gib * GIB))
+def placed(spec: ModelSpec, gib: float, **changes: Any) -> int:
+    return resident_blocks(spec, **{**TEXT, **changes}, free_bytes=int(gib * GIB))
 
 
 def test_80_gib_hold_both_versions_of_an_8b_model() -> None:
-    assert placed(llama(*LLAMA_8B), 79) == Placement(load_on_host=False, resident_blocks=32)
-    assert placed(llama(*LLAMA_8B), 79, statistics="hessian") == Placement(load_on_host=False, resident_blocks=32)
+    assert placed(llama(*LLAMA_8B), 79) == placed(llama(*LLAMA_8B), 79, statistics="hessian") == 32
 
 
 def test_24_gib_stream_some_blocks_of_an_8b_model() -> None:
     """Its blocks take 13 GiB in bfloat16, both versions 26, and the activations of 16,384 tokens 8."""
     spec = llama(*LLAMA_8B)
     much, little = placed(spec, 23.5), placed(spec, 23.5, windows=8)
-    assert much.load_on_host and 8 <= much.resident_blocks <= 14
-    assert not little.load_on_host and 18 <= little.resident_blocks <= 24
+    assert 8 <= much <= 14
+    assert 18 <= little <= 24
 
 
-def test_80_gib_stream_most_blocks_of_a_70b_model_and_load_it_on_the_host() -> None:
+def test_80_gib_stream_most_blocks_of_a_70b_model() -> None:
     """Its blocks take 127 GiB, both versions 255, and the activations of 16,384 tokens 40."""
     spec = llama(*LLAMA_70B)
     much, little = placed(spec, 79), placed(spec, 79, windows=8)
-    assert much.load_on_host and 5 <= much.resident_blocks <= 10
-    assert little.load_on_host and 15 <= little.resident_blocks <= 20
+    assert 5 <= much <= 10
+    assert 15 <= little <= 20
 
 
 @pytest.mark.parametrize("statistics", ["none", "squares", "hessian"])
 @pytest.mark.parametrize("shape", [LLAMA_8B, LLAMA_70B])
 def test_more_memory_never_holds_less(shape: tuple[int, int, int, int], statistics: str) -> None:
     spec = llama(*shape)
-    found: list[Placement | None] = []
+    found: list[int | None] = []
     for gib in range(1, 400, 1):
         try:
             found.append(placed(spec, gib, statistics=statistics))
@@ -75,27 +74,23 @@ def test_more_memory_never_holds_less(shape: tuple[int, int, int, int], statisti
     assert first > 0 and all(one is None for one in found[:first])  # hopeless, and never again afterwards
     fit = [one for one in found[first:] if one is not None]
     assert len(fit) == len(found) - first
-    resident = [one.resident_blocks for one in fit]
-    assert resident == sorted(resident) and resident[0] < 4 and resident[-1] == spec.n_blocks
-    on_host = [one.load_on_host for one in fit]
-    assert on_host == sorted(on_host, reverse=True) and on_host[0] and not on_host[-1]
+    assert fit == sorted(fit) and fit[0] < 4 and fit[-1] == spec.n_blocks
     for gib, one in enumerate(found, 1):  # all that is placed there really fits
         if one is not None:
-            places = 2 if one.resident_blocks < spec.n_blocks else 0
-            assert (2 * one.resident_blocks + places) * block_bytes(spec) < gib * GIB
-            assert one.load_on_host or spec.n_blocks * block_bytes(spec) < gib * GIB
+            places = 2 if one < spec.n_blocks else 0
+            assert (2 * one + places) * block_bytes(spec) < gib * GIB
 
 
 def test_what_else_needs_memory_leaves_less_for_blocks() -> None:
     spec = llama(*LLAMA_70B)
-    plain = placed(spec, 79, windows=8).resident_blocks
+    plain = placed(spec, 79, windows=8)
     softcapped = dataclasses.replace(
         spec, hyperparameters=dataclasses.replace(spec.hyperparameters, attention_softcap=50.0)
     )
-    assert placed(spec, 79, windows=8, statistics="hessian").resident_blocks < plain
-    assert placed(spec, 79, windows=16).resident_blocks < plain
-    assert placed(softcapped, 79).resident_blocks < placed(spec, 79).resident_blocks
-    assert placed(spec, 79, windows=8, itemsize=4).resident_blocks < plain / 1.5
+    assert placed(spec, 79, windows=8, statistics="hessian") < plain
+    assert placed(spec, 79, windows=16) < plain
+    assert placed(softcapped, 79) < placed(spec, 79)
+    assert placed(spec, 79, windows=8, itemsize=4) < plain / 1.5
 
 
 def test_what_cannot_fit_is_said_with_a_remedy() -> None:
@@ -106,6 +101,6 @@ def test_what_cannot_fit_is_said_with_a_remedy() -> None:
     assert told.startswith("The GPU has 8192 MiB free, but shape needs ")
     assert "ask for fewer --tokens than 16384, or use --compute cpu" in told
     needed = int(told.split("needs ")[1].split(maxsplit=1)[0])
-    assert placed(llama(*LLAMA_70B), (needed + 1) / 1024) == Placement(load_on_host=True, resident_blocks=0)
+    assert placed(llama(*LLAMA_70B), (needed + 1) / 1024) == 0
     with pytest.raises(SensitivityError):
         placed(llama(*LLAMA_70B), (needed - 1) / 1024)

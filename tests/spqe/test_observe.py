@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from impq_edge.backends import Bits, Inputs, Statistics, Stored
+from impq_edge.model.calibration import Windows
 from impq_edge.model.load import load_model, read_tensor
 from impq_edge.model.spec import read_model
-from impq_edge.spqe.game import TOKENS_PER_BATCH, Game
+from impq_edge.spqe.game import Game
 from impq_edge.spqe.observe import Observer
+from impq_edge.spqe.walk import TOKENS_PER_BATCH, open_walk
 
 TOKENS = np.random.default_rng(0).integers(10, 8000, size=(5, 96))
 
@@ -35,7 +37,7 @@ class Recorder:
 def observed(directory: Path, statistics: Statistics) -> dict[str, Inputs | None]:
     """What a backend is told in a game, by the name of the matrix; the same for both its versions."""
     spec = read_model(directory)
-    game = Game(load_model(directory, spec, torch.device("cpu"), torch.float32), spec, TOKENS)
+    game = Game(open_walk(directory, spec, Windows(TOKENS, ""), torch.device("cpu"), torch.float32))
     backend = Recorder(statistics)
     game.prepare(lambda tensor: torch.from_numpy(read_tensor(directory, tensor)), backend)
     names = [tensor.name for block in range(spec.n_blocks) for tensor in spec.block_matrices(block)]

@@ -152,13 +152,18 @@ def test_what_is_no_file_of_ours_is_refused(tmp_path: Path) -> None:
             read_facts(tmp_path / name)
 
 
-def test_a_part_of_a_split_file_is_refused(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "part.gguf", "llama")
-    writer.add_uint16("split.count", 3)
+@pytest.mark.parametrize("count", [-1, 1 << 16, "three", True, 2.0])
+def test_hostile_split_counts_are_named(tmp_path: Path, count: object) -> None:
+    path = tmp_path / "m-00001-of-00003.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    kind = {int: gguf.GGUFValueType.INT64, str: gguf.GGUFValueType.STRING, bool: gguf.GGUFValueType.BOOL}.get(
+        type(count)
+    )
+    writer.add_key_value("split.count", count, kind or gguf.GGUFValueType.FLOAT32)
     writer.add_tensor("a.weight", np.ones(3, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValidationError, match="one of 3 parts"):
-        read_facts(tmp_path / "part.gguf")
+    with pytest.raises(ValidationError, match=f"split.count is {count!r}, not a number from 0 to 65535"):
+        read_facts(path)

@@ -126,9 +126,9 @@ def test_progress_tells_every_stage(demo_gguf: Path) -> None:
     validate(demo_gguf, **QUICK, progress=lambda *step: heard.append(step))
     assert list(dict.fromkeys(stage for stage, _, _ in heard)) == [
         "hash",
+        "perplexity",
         "speed",
         "context",
-        "perplexity",
     ]
     assert all(done <= total for _, done, total in heard)
 
