@@ -8,21 +8,28 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from impq_edge.conversion.encoder import EncodeOptions
     from impq_edge.devices.profile import device_names, load_device
     from impq_edge.releases.build import build
     from impq_edge.spqe.options import GameOptions
-    from impq_edge.stages import allocate, convert, profile
+    from impq_edge.stages import allocate, convert, imatrix, ladder, profile
     from impq_edge.validation.validate import validate
 
-__all__ = ["GameOptions", "allocate", "build", "convert", "device_names", "load_device", "profile", "validate"]
+__all__ = [
+    "EncodeOptions", "GameOptions", "allocate", "build", "convert", "device_names", "imatrix", "ladder", "load_device",
+    "profile", "validate",
+]  # fmt: skip
 __version__ = "0.1.0"
 
 _HOMES = {
+    "EncodeOptions": "impq_edge.conversion.encoder",
     "GameOptions": "impq_edge.spqe.options",
     "allocate": "impq_edge.stages",
     "build": "impq_edge.releases.build",
     "convert": "impq_edge.stages",
     "device_names": "impq_edge.devices.profile",
+    "imatrix": "impq_edge.stages",
+    "ladder": "impq_edge.stages",
     "load_device": "impq_edge.devices.profile",
     "profile": "impq_edge.stages",
     "validate": "impq_edge.validation.validate",

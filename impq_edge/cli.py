@@ -65,7 +65,7 @@ DampPercent = Annotated[float | None, typer.Option(help="Damping of gptq's Hessi
 Sym = Annotated[bool | None, typer.Option("--sym/--no-sym", help="Symmetric codes (gptq); the library's default.")]
 Encode = Annotated[
     Literal["rtn", "imatrix", "gptq"] | None,
-    typer.Option(help="How K-quants are encoded: as ggml does, with an importance matrix, or by GPTQ; DEFAULT."),
+    typer.Option(help="How K-quants are encoded: as ggml does, with an importance matrix, or by GPTQ; gptq."),
 ]
 Players = Annotated[
     Literal["blocks", "sublayers", "tensors"], typer.Option(help="What drops to 2 bit together; the paper: blocks.")

@@ -14,7 +14,7 @@ ROOMS = [
     "stages", "releases", "console", "cli",
 ]  # fmt: skip
 HEAVY = {"torch": {"model/load.py", "backends", "spqe", "conversion/calibrated.py", "releases/preview.py",
-                   "releases/build.py", "stages.py"},
+                   "releases/build.py", "stages"},
          "transformers": {"model/load.py"}, "llama_cpp": {"validation"}, "rich": {"console.py"},
          "typer": {"cli.py"}, "click": set()}  # fmt: skip
 BASE = ["impq_edge", "impq_edge.cli", "impq_edge.devices.memory", "impq_edge.model.spec", "impq_edge.model.recipe",

@@ -118,9 +118,8 @@ def bench(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 def our_command(model: Path, out: Path, matrix: Path | None, options: argparse.Namespace) -> list[Any]:
     """Return the command that converts safetensors."""
     base = ["--model", model, "--type", options.type, "--threads", options.threads, "-o", out]
-    if matrix is None:
-        return [sys.executable, "-c", CONVERT, "convert", *base]
-    return [sys.executable, "-c", WEIGHED, model, options.type, options.threads, out, matrix]
+    weighed = ["--encode", "rtn"] if matrix is None else ["--imatrix", matrix]
+    return [sys.executable, "-c", CONVERT, "convert", *base, *weighed]
 
 
 def their_command(source: Path, out: Path, matrix: Path | None, options: argparse.Namespace) -> list[Any]:
@@ -136,33 +135,6 @@ def their_command(source: Path, out: Path, matrix: Path | None, options: argpars
 def file_type(kind: str) -> str:
     """Return the file type of llama.cpp whose pure form is all of one type."""
     return {"q4_k": "Q4_K_S", "f32": "F32"}.get(kind, kind.upper())
-
-
-WEIGHED = """
-import sys
-from pathlib import Path
-from impq_edge.conversion.imatrix import Imatrix
-from impq_edge.conversion.encoder import PlainEncoder
-from impq_edge.conversion.layout import plan_gguf
-from impq_edge.conversion.tokenizer import read_tokenizer
-from impq_edge.conversion.writer import write_gguf
-from impq_edge.ggml.types import TensorType
-from impq_edge.stages import open_model, uniform_types
-
-model, kind, threads, out, matrix = sys.argv[1:]
-directory, spec = open_model(model)
-found = Imatrix.read(Path(matrix))
-
-
-class Weighed(PlainEncoder):
-    def importance(self, tensor, kind):
-        return found.importance(tensor.gguf_name)
-
-
-tokenizer = read_tokenizer(directory, spec.hyperparameters.vocabulary, spec.hyperparameters.architecture)
-types = uniform_types(spec, TensorType(kind), TensorType.Q6_K, False)
-write_gguf(directory, plan_gguf(spec, tokenizer, types, {}), Path(out), encoder=Weighed(), threads=int(threads))
-"""
 
 
 MEASURE = """

@@ -7,6 +7,7 @@ one mix of 3.00 bits on average, the same for all. Prints one Markdown row per f
 perplexity, and the mean KL divergence to the F16 file with its standard error.
 """
 
+import dataclasses
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,19 +29,24 @@ def main(
     text: Annotated[Path, typer.Option(help="Of evaluation.")] = _EVALUATION,
     windows: Annotated[int, typer.Option(help="Of 512 tokens, for evaluation.")] = 64,
     tokens: Annotated[int, typer.Option(help="Of calibration.")] = 16384,
+    compute: Annotated[str | None, typer.Option(help="cuda or cpu, where text passes through the model.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Of llama.cpp.")] = None,
 ) -> None:
     """Convert every way and print the table."""
     print("| model | blocks | encoder | bytes | perplexity | KL divergence to F16, nats/token | against rtn |")
     print("|---|---|---|---:|---:|---:|---:|")
     for model in models or ["demo"]:
         with tempfile.TemporaryDirectory() as folder:
-            _compare(model, Path(folder), calibration, text, windows, tokens)
+            encode = EncodeOptions("rtn", calibration, tokens, compute=compute)
+            _compare(model, Path(folder), encode, text, windows, threads)
 
 
-def _compare(model: str, folder: Path, calibration: Path, text: Path, windows: int, tokens: int) -> None:
+def _compare(model: str, folder: Path, encode: EncodeOptions, text: Path, windows: int, threads: int | None) -> None:
     reference = folder / "f16.gguf"
     impq_edge.convert(model, type="f16", out=reference)
-    game = impq_edge.GameOptions(permutations=2, backend_settings={"encode": "rtn"}, calibration=calibration)
+    game = impq_edge.GameOptions(
+        permutations=2, backend_settings={"encode": "rtn"}, compute=encode.compute, calibration=encode.calibration
+    )
     profile = impq_edge.profile(model, out=folder / "profile.json", game=game)
     mix = impq_edge.allocate(profile, device="laptop-16gb", average_bits=3)
     wanted: dict[str, dict[str, Any]] = {
@@ -52,9 +58,8 @@ def _compare(model: str, folder: Path, calibration: Path, text: Path, windows: i
         plain = 0.0
         for encoder in ENCODERS:
             path = folder / f"{encoder}.gguf"
-            encode = EncodeOptions(encoder, calibration, tokens)
-            made = impq_edge.convert(model, out=path, encode=encode, **types)  # type: ignore[arg-type]
-            found = compare(path, reference, text=text, windows=windows)
+            made = impq_edge.convert(model, out=path, encode=dataclasses.replace(encode, encode=encoder), **types)
+            found = compare(path, reference, text=text, windows=windows, threads=threads)
             plain = plain or found.kld_mean
             perplexity = found.reference_perplexity * found.perplexity_ratio
             print(

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from impq_edge.backends.kquant import ENCODERS, KQuant
+from impq_edge.backends.kquant import DEFAULT_ENCODER, ENCODERS, KQuant
 from impq_edge.conversion.imatrix import Imatrix
 from impq_edge.errors import ConversionError
 from impq_edge.ggml.types import TensorType
@@ -87,7 +87,7 @@ class EncodeOptions:
     @property
     def encoder(self) -> str:
         """Which encoder that is."""
-        return "imatrix" if self.imatrix else self.encode or KQuant().encode
+        return "imatrix" if self.imatrix else self.encode or DEFAULT_ENCODER
 
 
 @dataclasses.dataclass(frozen=True)

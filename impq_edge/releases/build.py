@@ -154,7 +154,7 @@ def build(
     require_allocatable(source, spec, request, game.players)
     profile_path, kept = out / "sensitivity.json", out / "encoded"
     done = sensitivity is not None or profile_path.exists()
-    cost = _preview(spec, game, windows, compute, played=done)
+    cost = _preview(spec, game, encoding, windows, compute, played=done)
     say(_told(cost, out))
 
     if sensitivity is not None:
@@ -229,14 +229,27 @@ def summary(made: Build) -> dict[str, object]:
     }
 
 
-def _preview(spec: ModelSpec, game: GameOptions, windows: int, compute: str, *, played: bool) -> Preview:
+def _preview(
+    spec: ModelSpec, game: GameOptions, encoding: EncodeOptions, windows: int, compute: str, *, played: bool
+) -> Preview:
     n_players = len(players_of(spec, game.players))
+    evaluations = game.walks * (n_players - 1) + 2 if game.walks else 0
+    files, inside = 3, sum(tensor.weights for tensor in spec.tensors if tensor.block is not None)
+    solved = spec.weights - inside
+    if played or game.backend != "kquant":
+        solved += files * inside
+    elif game.is_ladder:
+        evaluations += len(game.types) * (n_players + 1)
+        solved += (len(game.types) + files) * spec.weights
+    else:  # the files hold what the game encodes
+        solved += len(game.types) * inside
     return preview(
         spec,
-        evaluations=0 if played else game.walks * (n_players - 1) + 2,
+        evaluations=0 if played else evaluations,
+        solved_weights=solved if encoding.encoder == "gptq" else 0,
         tokens=game.tokens,
         validation_tokens=windows * DEFAULT_WINDOW_TOKENS,
-        files=3,
+        files=files,
         compute=compute,
     )
 

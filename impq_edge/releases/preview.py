@@ -13,6 +13,7 @@ from impq_edge.spqe.run import COMPUTE_DTYPES
 _MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
 _USED_SHARE = 0.5  # of a large matrix product's rate: what evaluations reached on two cores and the demo
 _RECOMPUTED_SHARE = 0.55  # of the blocks: 0.37 to 0.64 by design and model (docs/speed.md)
+_SOLVED_WEIGHTS_PER_S = {"cpu": 1e6, "cuda": 6e6}  # GPTQ: one CPU thread, since two gain little; one H100
 _VALIDATION_PASSES = 3  # perplexity, and about twice as much again for speed and memory
 
 
@@ -32,6 +33,7 @@ def preview(
     tokens: int,
     validation_tokens: int,
     files: int,
+    solved_weights: int,
     compute: str,
 ) -> Preview:
     """Estimate a build's cost from the model's shapes and a short matrix product on this machine.
@@ -46,6 +48,8 @@ def preview(
         Per file.
     files
         GGUFs to be written and validated.
+    solved_weights
+        To be encoded by GPTQ, each once for every type; other encoders take no time to speak of.
     """
     outer = TensorType.Q6_K
     largest = data_bytes(spec, tensor_types(spec, [BLOCK_TYPES[4]] * spec.n_blocks, outer))
@@ -58,6 +62,7 @@ def preview(
     seconds = game / (_USED_SHARE * _matrix_flop_per_s(compute, dtype)) + validation / (
         _USED_SHARE * _matrix_flop_per_s("cpu", torch.float32)
     )
+    seconds += solved_weights / _SOLVED_WEIGHTS_PER_S[compute]
     activations = tokens * spec.hyperparameters.hidden * (spec.n_blocks + 1) * 2
     return Preview(
         write_bytes=files * largest,

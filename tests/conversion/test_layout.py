@@ -12,12 +12,15 @@ from llama_cpp import llama_cpp as api
 
 import impq_edge
 from impq_edge.conversion.artifact import Artifact
+from impq_edge.conversion.encoder import EncodeOptions
 from impq_edge.errors import ConversionError, ValidationError
 from impq_edge.ggml.split import split_paths, unsplit_path
 from impq_edge.records import sha256_file, sha256_files
 from impq_edge.validation.file import read_facts
 from impq_edge.validation.llama import Engine
 from impq_edge.validation.settings import RunSettings
+
+RTN = EncodeOptions("rtn")
 
 SHARD_BYTES = 2_500_000
 
@@ -33,7 +36,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def whole(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Artifact]]:
     root = tmp_path_factory.mktemp("whole")
     return {
-        name: (root / f"{name}.gguf", impq_edge.convert(str(path), type="q4_k", out=root / f"{name}.gguf"))
+        name: (root / f"{name}.gguf", impq_edge.convert(str(path), encode=RTN, type="q4_k", out=root / f"{name}.gguf"))
         for name, path in checkpoints.items()
     }
 
@@ -45,7 +48,7 @@ def split(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 
 
 def _split(directory: Path, out: Path) -> tuple[Path, Artifact]:
-    made = impq_edge.convert(str(directory), type="q4_k", out=out, shard_bytes=SHARD_BYTES)
+    made = impq_edge.convert(str(directory), encode=RTN, type="q4_k", out=out, shard_bytes=SHARD_BYTES)
     return out.with_name(made.artifact), made
 
 
@@ -188,13 +191,17 @@ def test_a_shard_size_that_no_tensor_fits_says_the_least_that_does(
     checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     with pytest.raises(ConversionError, match=r"no tensor is split; ask for --shard-size \d+ or more") as said:
-        impq_edge.convert(str(checkpoints["llama"]), type="q4_k", out=tmp_path / "m.gguf", shard_bytes=1000)
+        impq_edge.convert(str(checkpoints["llama"]), encode=RTN, type="q4_k", out=tmp_path / "m.gguf", shard_bytes=1000)
     least = int(str(said.value).split("--shard-size ")[1].split()[0])
-    made = impq_edge.convert(str(checkpoints["llama"]), type="q4_k", out=tmp_path / "m.gguf", shard_bytes=least)
+    made = impq_edge.convert(
+        str(checkpoints["llama"]), encode=RTN, type="q4_k", out=tmp_path / "m.gguf", shard_bytes=least
+    )
     assert all((tmp_path / name).stat().st_size <= least for name in (made.artifact, *made.more_files))
     assert least - made.file_bytes < 0  # it is split
 
 
 def test_a_file_that_fits_is_not_split(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    made = impq_edge.convert(str(checkpoints["llama"]), type="q2_k", out=tmp_path / "m.gguf", shard_bytes=10**9)
+    made = impq_edge.convert(
+        str(checkpoints["llama"]), encode=RTN, type="q2_k", out=tmp_path / "m.gguf", shard_bytes=10**9
+    )
     assert made.artifact == "m.gguf" and not made.more_files and read_facts(tmp_path / "m.gguf").files

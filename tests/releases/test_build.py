@@ -7,19 +7,22 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from checkpoints import make_checkpoint
 
 import impq_edge
+from impq_edge import stages
 from impq_edge.conversion.artifact import Artifact
 from impq_edge.errors import AllocationError, BackendError, ModelError, RecordError, SensitivityError, ValidationError
 from impq_edge.impq.allocation import Allocation
 from impq_edge.releases.build import Build, summary
+from impq_edge.spqe.ladder import LadderProfile
 from impq_edge.spqe.options import GameOptions
 from impq_edge.spqe.profile import SensitivityProfile
 from impq_edge.validation.report import ValidationReport
 
-GAME = GameOptions(permutations=2, tokens=1024)
+GAME = GameOptions(permutations=2, tokens=1024, backend_settings={"encode": "rtn"})
 QUICK = {"game": GAME, "windows": 2, "context_tokens": 256}
 
 
@@ -188,7 +191,9 @@ def test_everything_fits(checkpoints: dict[str, Path], built: tuple[Build, list[
 
 
 def test_another_backend_shows_what_the_k_quants_lose(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    made, _ = quick_build(checkpoints["llama"], tmp_path, game=dataclasses.replace(GAME, backend="hqq"))
+    made, _ = quick_build(
+        checkpoints["llama"], tmp_path, game=dataclasses.replace(GAME, backend="hqq", backend_settings={})
+    )
     report = (tmp_path / "report.md").read_text()
     section = report[report.index("## hqq against the K-quants that ship") :]
     rows = re.findall(r"^\| (this mix|all at [24] bit) \| ([\d.]+) \| ([\d.]+) \|$", section, re.MULTILINE)
@@ -213,7 +218,7 @@ def test_the_report_of_finer_players_lists_them_all(checkpoints: dict[str, Path]
     assert [float(phi) for *_, phi in rows] == pytest.approx(made.profile.phi, abs=1e-5)
     assert made.allocation.players == "sublayers" and made.artifact.tensor_types == made.allocation.tensor_types
     players = made.allocation.player_bits.count(4)
-    assert any(f"{players} of 6 sublayers at 4 bit" in sentence for sentence in told)
+    assert any(f"{players} at 4 bit" in sentence and "Of 6 players" in sentence for sentence in told)
 
 
 def test_kill_at_any_stage_and_resume_gives_the_same_bytes(
@@ -258,3 +263,40 @@ def test_bad_input_leaves_nothing_behind(
     with pytest.raises(AllocationError, match="the smallest that works is --budget"):
         quick_build(checkpoints["qwen3"], out, budget_bytes=1000, sensitivity=built[0].directory / "sensitivity.json")
     assert not out.exists()
+
+
+def test_a_ladder_with_the_default_encoder(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Embedding and head are players too, nothing is encoded by another encoder than the one measured with."""
+    game = GameOptions(tokens=512, calibration_tokens=1024, types=(2, 4, 8), compute="cpu")
+    budget = 3_500_000
+    made, told = quick_build(checkpoints["qwen3"], tmp_path, game=game, average_bits=None, budget_bytes=budget)
+    allocation = made.allocation
+    assert isinstance(made.profile, LadderProfile) and made.profile.covariance is None
+    assert made.artifact.file_bytes == allocation.predicted_file_bytes <= budget
+    assert len(allocation.player_bits) == 3 + 2 and set(allocation.player_bits) <= {2, 4, 8}
+    assert allocation.objective - (allocation.lower_bound or 0) <= 1e-4 * allocation.objective
+    assert made.artifact.encoding["encode"] == "gptq" == made.profile.settings.backend["encode"]
+    report = (tmp_path / "report.md").read_text()
+    assert "Blocks, embedding and head" in report and "2 bit | 4 bit | 8 bit" in report
+    assert "encode gptq" in report and "among the players" in report
+    assert any(line.startswith("Of 5 players ") for line in told)
+    assert not (tmp_path / "encoded").exists()
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.gguf")}
+    again, _ = quick_build(checkpoints["qwen3"], tmp_path, game=game, average_bits=None, budget_bytes=budget)
+    assert again.artifact == made.artifact and {p: p.read_bytes() for p in tmp_path.glob("*.gguf")} == before
+
+
+def test_a_ladder_keeps_the_interactions_of_a_game(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    game = dataclasses.replace(GAME, tokens=512, types=(2, 3, 4), permutations=3)
+    made = stages.ladder(str(checkpoints["qwen3"]), out=tmp_path / "l.json", game=game)
+    played = SensitivityProfile.load(tmp_path / "l.game.json")
+    assert made.covariance == played.covariance and made.game_sha256 == played.identity()
+    allocation = stages.allocate(made, device="laptop-16gb", average_bits=3, types=(2, 4))
+    assert (
+        allocation.types == (2, 4) and len(allocation.problem.quadratic) == 3
+    )  # then embedding and head are no players
+    wider = stages.ladder(
+        str(checkpoints["qwen3"]), out=tmp_path / "l.json", game=dataclasses.replace(game, types=(2, 8))
+    )
+    assert wider.types == (2, 3, 4, 8)
+    assert np.array_equal(wider.divergences((2, 3, 4)), made.divergences())

@@ -202,7 +202,9 @@ def test_the_number_of_workers_changes_no_bit_of_a_loss(ray: Any, checkpoints: d
         spec = read_model(directory)
         tokens = np.random.default_rng(0).integers(10, 8000, size=(5, 96))
         game = Game(open_walk(directory, spec, Windows(tokens, ""), torch.device("cpu"), torch.float32))
-        game.prepare(lambda tensor: torch.from_numpy(read_tensor(directory, tensor)), load_backend("kquant"))
+        game.prepare(
+            lambda tensor: torch.from_numpy(read_tensor(directory, tensor)), load_backend("kquant", encode="rtn")
+        )
         return game
 
     found = {}

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from impq_edge.backends import NAMES, load_backend
+from impq_edge.backends import NAMES, Backend, load_backend
 from impq_edge.errors import SensitivityError
 from impq_edge.model.calibration import Windows
 from impq_edge.model.load import load_model, read_tensor
@@ -29,8 +29,13 @@ def game_of(directory: Path, tokens: np.ndarray, backend: str = "kquant", player
     return game
 
 
+def backend_of(name: str) -> Backend:
+    """Encoders that want to know the inputs are tests/spqe/test_observe.py's."""
+    return load_backend(name, **({"encode": "rtn"} if name == "kquant" else {}))
+
+
 def prepare(game: Game, directory: Path, backend: str = "kquant") -> Prepared:
-    return game.prepare(lambda tensor: torch.from_numpy(read_tensor(directory, tensor)), load_backend(backend))
+    return game.prepare(lambda tensor: torch.from_numpy(read_tensor(directory, tensor)), backend_of(backend))
 
 
 def library_losses(
@@ -42,7 +47,7 @@ def library_losses(
     for player, bits in zip(players_of(spec, players), coalition, strict=True) if coalition else ():
         for tensor in player.tensors:
             weight = torch.from_numpy(read_tensor(directory, tensor))
-            stored = load_backend(backend).quantise(weight, bits)
+            stored = backend_of(backend).quantise(weight, bits)
             model.get_parameter(tensor.name).data.copy_(stored.weight)
     ids = torch.from_numpy(tokens)
     with torch.inference_mode():

@@ -36,7 +36,7 @@ from impq_edge.spqe.table import Job, Table, set_table
 
 Losses = dict[Coalition, NDArray[np.float64]]
 
-GAME = GameOptions(players="sublayers", permutations=4, tokens=64, window_tokens=32)
+GAME = GameOptions(players="sublayers", permutations=4, tokens=64, window_tokens=32, backend_settings={"encode": "rtn"})
 N_PLAYERS = 6
 
 Play = Callable[..., SensitivityProfile]
@@ -80,7 +80,7 @@ def losses(model: Path) -> Losses:
 
 
 def job_of(model: Path, tokens: NDArray[np.int64]) -> Job:
-    backend, windows = load_backend("kquant"), Windows(tokens, "0" * 64)
+    backend, windows = load_backend("kquant", encode="rtn"), Windows(tokens, "0" * 64)
     settings = game_settings("kquant", backend, windows, players="sublayers", device="cpu")
     return Job(model, read_model(model), backend, windows, settings)
 
@@ -311,7 +311,7 @@ def begun(play: Play, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"tokens": 32}, "tokens"),
         ({"window_tokens": 16}, "window_tokens"),
         ({"players": "blocks"}, "players"),
-        ({"backend": "hqq"}, "backend"),
+        ({"backend": "hqq", "backend_settings": {}}, "backend"),
         ({"backend_settings": {"encode": "imatrix"}}, "backend"),
         ({"calibration": "a text of one's own"}, "text_sha256"),
         ({"model": "gemma2"}, "model"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import impq_edge
+from impq_edge.conversion.encoder import EncodeOptions
 from impq_edge.data import data_path
 from impq_edge.errors import RecordError, ValidationError
 from impq_edge.validation.divergence import Compared, compare_tokens, measure_divergence, summarise_divergence
@@ -18,6 +19,8 @@ from impq_edge.validation.report import ValidationReport
 from impq_edge.validation.results import Divergence
 from impq_edge.validation.settings import RunSettings
 from impq_edge.validation.validate import compare, request_sha256, validate
+
+RTN = EncodeOptions("rtn")
 
 SETTINGS = RunSettings(context_tokens=512, threads=1, batch_tokens=256, ubatch_tokens=256, outputs_tokens=256)
 WINDOWS = 2
@@ -33,7 +36,7 @@ def files(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     """The demo model as F16 and with every block at 2 bit."""
     root = tmp_path_factory.mktemp("divergence")
     for kind in ("f16", "q2_k"):
-        impq_edge.convert(str(demo), type=kind, out=root / f"{kind}.gguf")
+        impq_edge.convert(str(demo), encode=RTN, type=kind, out=root / f"{kind}.gguf")
     return {kind: root / f"{kind}.gguf" for kind in ("f16", "q2_k")}
 
 
@@ -285,7 +288,7 @@ def test_progress_is_told(files: dict[str, Path]) -> None:
 def test_more_bits_diverge_less(trained: Callable[[str], Path], tmp_path: Path, architecture: str) -> None:
     means = []
     for kind in ("f16", "q8_0", "q4_k", "q2_k"):
-        impq_edge.convert(str(trained(architecture)), type=kind, out=tmp_path / f"{kind}.gguf")
+        impq_edge.convert(str(trained(architecture)), encode=RTN, type=kind, out=tmp_path / f"{kind}.gguf")
         means.append(compare(tmp_path / f"{kind}.gguf", tmp_path / "f16.gguf", windows=8).kld_mean)
     assert means[0] == 0
     assert means == sorted(means)

@@ -1,0 +1,122 @@
+"""The stage that decides: a profile or a ladder, a device and its budget in, an allocation out."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from impq_edge.conversion.layout import header_bytes
+from impq_edge.devices.profile import DeviceProfile, KvType, load_device
+from impq_edge.errors import AllocationError
+from impq_edge.ggml.types import TensorType
+from impq_edge.impq.allocate import Request, allocate_blocks, allocate_ladder, require_feasible
+from impq_edge.impq.allocation import PUBLISHED_TYPES, Allocation
+from impq_edge.model.players import PlayerKind
+from impq_edge.model.source import Source
+from impq_edge.model.spec import ModelSpec
+from impq_edge.spqe.ladder import LadderProfile
+from impq_edge.spqe.profile import SensitivityProfile
+from impq_edge.stages.measuring import load_profile, measured_types
+from impq_edge.stages.opening import tokenizer_of
+
+OUTER_TYPES = (TensorType.Q6_K, TensorType.Q8_0, TensorType.Q4_K, TensorType.F16)
+
+
+def allocate(
+    profile: SensitivityProfile | LadderProfile | Path | str,
+    *,
+    device: DeviceProfile | str,
+    context_tokens: int | None = None,
+    kv_type: KvType | None = None,
+    budget_bytes: int | None = None,
+    average_bits: float | Fraction | None = None,
+    alpha: float = 0.5,
+    outer_type: TensorType | str = TensorType.Q6_K,
+    types: Sequence[int] | None = None,
+    out: Path | None = None,
+) -> Allocation:
+    """Solve IMPQ for a device: how many bits each player gets within its memory.
+
+    Parameters
+    ----------
+    profile
+        A sensitivity profile or a ladder, or the file or shipped name of one.
+    device
+        A shipped name, a TOML file, or a loaded profile.
+    context_tokens, kv_type
+        What the KV cache must hold and how; the device's own defaults when None.
+    budget_bytes, average_bits
+        Further limits, on the file and on the blocks' nominal bits.
+    alpha
+        Damping of interactions, 1 drops them.
+    outer_type
+        Type of embedding and head, where they are no players.
+    types
+        Bits to choose from; what was measured by default.
+
+    Raises
+    ------
+    AllocationError
+        When the model does not fit even at the fewest bits.
+    """
+    found = load_profile(profile) if isinstance(profile, Path | str) else profile
+    request = allocation_request(
+        device, context_tokens=context_tokens, kv_type=kv_type, budget_bytes=budget_bytes, average_bits=average_bits,
+        alpha=alpha, outer_type=outer_type, types=types or measured_types(found),
+    )  # fmt: skip
+    if isinstance(found, LadderProfile):
+        covariance = None if found.covariance is None else np.array(found.covariance)
+        losses = found.divergences(request.types)
+        if not request.is_ladder:  # at 2 and 4 bit alone, embedding and head are no players
+            losses = losses[[player.block is not None for player in found.who]]
+        allocation = allocate_ladder(
+            found.model, found.header_bytes, losses, covariance, found.identity(), request, found.settings.players,
+        )  # fmt: skip
+    else:
+        estimate = found.estimate()
+        allocation = allocate_blocks(
+            found.model, found.header_bytes, estimate.phi, estimate.covariance, found.identity(), request,
+            found.settings.players,
+        )  # fmt: skip
+    allocation.check(found.model)
+    if out is not None:
+        allocation.save(out)
+    return allocation
+
+
+def allocation_request(
+    device: DeviceProfile | str,
+    *,
+    context_tokens: int | None,
+    kv_type: KvType | None,
+    budget_bytes: int | None,
+    average_bits: float | Fraction | None,
+    alpha: float,
+    outer_type: TensorType | str,
+    types: Sequence[int] = PUBLISHED_TYPES,
+) -> Request:
+    """Fill in the device's defaults; arguments as for :func:`allocate`."""
+    target = load_device(device) if isinstance(device, str) else device
+    if outer_type not in OUTER_TYPES:
+        raise AllocationError(f"--head-type {outer_type!r} is not one of {', '.join(OUTER_TYPES)}.")
+    if average_bits is not None and not 0 < average_bits < 100:  # NaN included
+        raise AllocationError(
+            f"--average-bits {average_bits} is outside {types[0]}…{types[-1]}, the bits to choose from."
+        )
+    return Request(
+        device=target,
+        context_tokens=target.context_tokens if context_tokens is None else context_tokens,
+        kv_type=kv_type or target.kv_type,
+        file_budget_bytes=budget_bytes,
+        average_bits=None if average_bits is None else Fraction(average_bits).limit_denominator(10**6),
+        alpha=alpha,
+        outer_type=TensorType(outer_type),
+        types=tuple(types),
+    )
+
+
+def require_allocatable(source: Source, spec: ModelSpec, request: Request, players: PlayerKind) -> None:
+    """Refuse what no allocation can meet, before a game is played for it; ``source`` has been fetched."""
+    assert source.directory is not None
+    require_feasible(spec, header_bytes(spec, tokenizer_of(source.directory, spec)), request, players)
