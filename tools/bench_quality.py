@@ -499,7 +499,8 @@ class _Workshop:
         from impq_edge.spqe.options import GameOptions
 
         return stages.ladder(
-            self._model, out=self._folder / "ladder.json", game=GameOptions(**self._game(), types=self._settings.types),
+            self._model, out=self._folder / "ladder.json", kept=self._folder / "encoded",
+            game=GameOptions(**self._game(), types=self._settings.types),
             allow_fallback=self._options.allow_fallback, progress=self._tell,
         )  # fmt: skip
 

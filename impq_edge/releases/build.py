@@ -133,16 +133,12 @@ def build(
         One sentence for whatever cannot be used.
     """
     target = load_device(device) if isinstance(device, str) else device
-    game = game or GameOptions()
-    backend = load_backend(game.backend, **game.backend_settings)  # before anything is downloaded
-    compute = require_compute(game.compute)
-    encoding = EncodeOptions(
-        encode=backend.encode if isinstance(backend, KQuant) else encode, calibration=game.calibration,
-        calibration_tokens=game.calibration_tokens, window_tokens=game.window_tokens, compute=compute,
-    )  # fmt: skip
+    game, encoding = _agreed(game or GameOptions(), encode)
+    given = None if sensitivity is None else load_profile(sensitivity)
     request = allocation_request(
         target, context_tokens=context_tokens, kv_type=kv_type, budget_bytes=budget_bytes, average_bits=average_bits,
-        alpha=alpha, outer_type=outer_type, types=game.types,
+        alpha=alpha, outer_type=outer_type,
+        types=game.types if given is None or game.is_ladder else measured_types(given),
     )  # fmt: skip
     text_path = text or data_path("demo", "evaluation.txt")
     _require_measurable(text_path, windows, request)
@@ -153,14 +149,13 @@ def build(
     require_rows(spec, allow_fallback)
     require_allocatable(source, spec, request, game.players)
     profile_path, kept = out / "sensitivity.json", out / "encoded"
-    done = sensitivity is not None or profile_path.exists()
-    cost = _preview(spec, game, encoding, windows, compute, played=done)
-    say(_told(cost, out))
+    done = given is not None or profile_path.exists()
+    say(_told(_preview(spec, game, encoding, windows, played=done), out))
 
-    if sensitivity is not None:
-        found = load_profile(sensitivity)
+    if given is not None and sensitivity is not None:
+        found = given
         _require_same_model(found, spec, sensitivity)
-        _require_same_text(found, directory, game.calibration, encoding, sensitivity)
+        _require_same_text(found, directory, encoding, sensitivity)
     elif game.is_ladder:
         found = ladder(source, out=profile_path, game=game, allow_fallback=allow_fallback, say=say, progress=progress)
     else:
@@ -171,8 +166,7 @@ def build(
     allocation = allocate(
         found, device=target, context_tokens=context_tokens, kv_type=kv_type, budget_bytes=budget_bytes,
         average_bits=average_bits, alpha=alpha, outer_type=outer_type,
-        types=measured_types(found) if sensitivity is not None and not game.is_ladder else game.types,
-        out=out / "allocation.json",
+        types=request.types, out=out / "allocation.json",
     )  # fmt: skip
     _tell_allocation(allocation, say)
 
@@ -196,7 +190,7 @@ def build(
         else finish(f"uniform-{bits}bit.gguf", bits)
         for bits in (4, 2)
     }
-    losses = _backend_losses(directory, found, allocation, encoding, compute, out, progress)
+    losses = _backend_losses(directory, found, allocation, encoding, out, progress)
     plan = memory_plan(
         spec, allocation.tensor_types, artifact.file_bytes, target,
         context_tokens=allocation.context_tokens, kv_type=allocation.kv_type,
@@ -206,6 +200,18 @@ def build(
         temporary.write_text(render(_comparison(made, losses), command), "utf-8")
     shutil.rmtree(kept, ignore_errors=True)
     return made
+
+
+def _agreed(game: GameOptions, encode: str | None) -> tuple[GameOptions, EncodeOptions]:
+    """Refuse what cannot run before anything is downloaded; a game with K-quants and the file have one encoder."""
+    if game.backend == "kquant" and encode is not None:
+        game = dataclasses.replace(game, backend_settings={**game.backend_settings, "encode": encode})
+    backend = load_backend(game.backend, **game.backend_settings)
+    return game, EncodeOptions(
+        encode=backend.encode if isinstance(backend, KQuant) else encode, calibration=game.calibration,
+        calibration_tokens=game.calibration_tokens, window_tokens=game.window_tokens,
+        compute=require_compute(game.compute),
+    )  # fmt: skip
 
 
 def summary(made: Build) -> dict[str, object]:
@@ -229,9 +235,7 @@ def summary(made: Build) -> dict[str, object]:
     }
 
 
-def _preview(
-    spec: ModelSpec, game: GameOptions, encoding: EncodeOptions, windows: int, compute: str, *, played: bool
-) -> Preview:
+def _preview(spec: ModelSpec, game: GameOptions, encoding: EncodeOptions, windows: int, *, played: bool) -> Preview:
     n_players = len(players_of(spec, game.players))
     evaluations = game.walks * (n_players - 1) + 2 if game.walks else 0
     files, inside = 3, sum(tensor.weights for tensor in spec.tensors if tensor.block is not None)
@@ -250,7 +254,7 @@ def _preview(
         tokens=game.tokens,
         validation_tokens=windows * DEFAULT_WINDOW_TOKENS,
         files=files,
-        compute=compute,
+        compute=require_compute(encoding.compute),
     )
 
 
@@ -289,13 +293,12 @@ def _require_same_model(found: SensitivityProfile | LadderProfile, spec: ModelSp
 
 
 def _require_same_text(
-    found: SensitivityProfile | LadderProfile, directory: Path, calibration: Path | None, encoding: EncodeOptions,
-    path: Path,
-) -> None:  # fmt: skip
+    found: SensitivityProfile | LadderProfile, directory: Path, encoding: EncodeOptions, path: Path
+) -> None:
     """Another backend's losses are compared on the profile's own text, so that must be at hand."""
     if _is_what_ships(found, encoding):
         return
-    windows = calibration_windows(directory, calibration, found.settings.tokens, found.settings.window_tokens)
+    windows = calibration_windows(directory, encoding.calibration, found.settings.tokens, found.settings.window_tokens)
     if windows.text_sha256 != found.settings.text_sha256:
         raise RecordError(f"{path} was made on another calibration text than this; give that text with --calibration.")
 
@@ -354,7 +357,6 @@ def _backend_losses(
     found: SensitivityProfile | LadderProfile,
     allocation: Allocation,
     encoding: EncodeOptions,
-    compute: str,
     out: Path,
     progress: Progress,
 ) -> BackendLosses | None:
@@ -366,6 +368,7 @@ def _backend_losses(
         kept = BackendLosses.load(path)
         if (kept.allocation_sha256, kept.profile_sha256) == (allocation.identity(), found.identity()):
             return kept
+    compute = require_compute(encoding.compute)
     settings = dataclasses.replace(found.settings, device=compute, dtype=COMPUTE_DTYPES[compute])
     mix: Coalition = tuple(4 if bits == 4 else 2 for bits in allocation.player_bits)
     coalitions = [mix, uniform(4, len(mix)), uniform(2, len(mix))]

@@ -17,7 +17,7 @@ from impq_edge.spqe.journal import Journal
 from impq_edge.spqe.ladder import LadderProfile, Rung
 from impq_edge.spqe.memory import memory_told
 from impq_edge.spqe.observe import Observer, entering_head
-from impq_edge.spqe.table import Job, Progress, calibration_walk
+from impq_edge.spqe.table import Job, Progress, calibration_walk, kept_encodings
 from impq_edge.spqe.walk import Hidden, open_walk
 
 _REFERENCE = "unquantised"
@@ -86,6 +86,7 @@ class _Measurement:
         assert isinstance(job.backend, KQuant), "the types of a ladder are GGUF's"
         self._job, self._types, self._journal, self._progress = job, types, journal, progress
         self._backend: KQuant = job.backend
+        self._kept = kept_encodings(job)
         dtype: torch.dtype = getattr(torch, job.settings.dtype)
         self._walk = open_walk(job.directory, job.spec, job.windows, torch.device(job.settings.device), dtype)
         self._head = self._walk.outside.lm_head.weight.data
@@ -142,11 +143,18 @@ class _Measurement:
             if kinds not in known:
                 weights = weights or [self._read(tensor) for tensor in player.tensors]
                 for parameter, tensor, weight, kind in zip(parameters, player.tensors, weights, kinds, strict=True):
-                    parameter.data = self._backend.store(weight, kind, inputs[tensor]).weight.to(self._walk.dtype)
+                    parameter.data = self._stored(tensor, weight, kind, inputs[tensor]).to(self._walk.dtype)
                 known[kinds] = _finite(self._divergence(player), key)
             self._journal.add(key, known[kinds])
         for parameter, data in zip(parameters, unquantised, strict=True):
             parameter.data = data
+
+    def _stored(
+        self, tensor: TensorSpec, weight: torch.Tensor, kind: TensorType, inputs: Inputs | None
+    ) -> torch.Tensor:
+        if self._kept is None or inputs is None:
+            return self._backend.store(weight, kind, inputs).weight
+        return self._kept.store(tensor, weight, kind, inputs).weight
 
     def _read(self, tensor: TensorSpec) -> torch.Tensor:
         return torch.from_numpy(read_tensor(self._job.directory, tensor)).to(self._walk.device)

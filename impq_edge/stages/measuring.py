@@ -98,6 +98,7 @@ def ladder(
     *,
     out: Path,
     game: GameOptions,
+    kept: Path | None = None,
     revision: str | None = None,
     allow_fallback: bool = False,
     say: Callable[[str], None] = lambda _: None,
@@ -110,6 +111,7 @@ def ladder(
     :func:`profile`; a killed run goes on, and a finished ladder of the same game is extended by types it lacks.
     """
     job, header = _job(model, game, revision, allow_fallback, progress)
+    job = dataclasses.replace(job, kept=kept)
     journal = Journal(
         out.with_name(f"{out.name}.journal"), {"model": job.spec.content_sha256, **dataclasses.asdict(job.settings)}
     )
