@@ -203,6 +203,11 @@ class Quality(Record):
         return next(m for m in self.measured if (m.text, m.mix, m.maker) == (text, mix, maker))
 
 
+def _with_root() -> dict[str, str]:
+    """Return the environment in which a tool finds this checkout, and what the caller's Python finds."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))}
+
+
 def main() -> None:
     """Parse the options, then prepare a model, or measure and report."""
     options = _options()
@@ -487,7 +492,7 @@ class _Workshop:
                 arguments = [str(_ROOT / "tools" / command[0]), command[1], temporary.name, *command[3:]]
                 done = subprocess.run(
                     [sys.executable, *arguments, "--threads", str(available_threads())], cwd=self._folder, check=False,
-                    env={**os.environ, "PYTHONPATH": str(_ROOT)}, stdin=subprocess.DEVNULL, capture_output=True,
+                    env=_with_root(), stdin=subprocess.DEVNULL, capture_output=True,
                     text=True,
                 )  # fmt: skip
                 if done.returncode:

@@ -15,7 +15,7 @@ from checkpoints import ARCHITECTURES, make_checkpoint
 import impq_edge
 from impq_edge.backends import load_backend
 from impq_edge.conversion.artifact import Artifact
-from impq_edge.conversion.encoder import PlainEncoder
+from impq_edge.conversion.encoder import EncodeOptions, PlainEncoder
 from impq_edge.conversion.imatrix import Imatrix
 from impq_edge.conversion.layout import Layout, header_bytes, plan_gguf
 from impq_edge.conversion.tensors import row_order
@@ -32,6 +32,7 @@ from impq_edge.model.spec import ModelSpec, TensorSpec, read_model
 from impq_edge.records import sha256_file
 
 TOOLS = Path(__file__).parents[2] / "tools"
+RTN = EncodeOptions("rtn")  # ggml's encoder, which takes no calibration: the writer is what is tested here
 
 
 def tokenizer_of(directory: Path, spec: ModelSpec) -> Tokenizer:
@@ -85,7 +86,7 @@ def test_a_mixed_file_holds_what_the_game_was_played_with(
     spec = read_model(directory)
     allocation = mixed(spec, directory)
     assert allocation.player_bits == (4, 2, 4)
-    artifact = impq_edge.convert(str(directory), allocation=allocation, out=tmp_path / "mix.gguf")
+    artifact = impq_edge.convert(str(directory), encode=RTN, allocation=allocation, out=tmp_path / "mix.gguf")
     written, backend = weights_of(tmp_path / "mix.gguf"), load_backend("kquant")
     for block, bits in enumerate(allocation.player_bits):
         for tensor in spec.block_matrices(block):
@@ -107,10 +108,10 @@ def test_size_is_predicted_to_the_byte(
     if kind == "mix":
         allocation = mixed(spec, directory)
         predicted = allocation.predicted_file_bytes
-        made = impq_edge.convert(str(directory), allocation=allocation, out=out)
+        made = impq_edge.convert(str(directory), encode=RTN, allocation=allocation, out=out)
     else:
         predicted = planned(directory, kind).file_bytes
-        made = impq_edge.convert(str(directory), type=kind, out=out)
+        made = impq_edge.convert(str(directory), encode=RTN, type=kind, out=out)
     assert made.file_bytes == made.predicted_file_bytes == predicted == out.stat().st_size
     assert made.is_intact(tmp_path) and Artifact.load(tmp_path / "m.gguf.json") == made
 
@@ -134,7 +135,7 @@ def test_threads_and_pieces_change_no_byte(
 def test_how_the_checkpoint_is_cut_changes_no_tensor(tmp_path: Path) -> None:
     for shards in (1, 3):
         directory = make_checkpoint(tmp_path / f"{shards}", "llama", shards=shards)
-        impq_edge.convert(str(directory), type="q2_k", out=tmp_path / f"{shards}.gguf")
+        impq_edge.convert(str(directory), encode=RTN, type="q2_k", out=tmp_path / f"{shards}.gguf")
     first, second = (weights_of(tmp_path / f"{shards}.gguf") for shards in (1, 3))
     assert all(np.array_equal(first[name], second[name]) for name in first)
 
@@ -151,7 +152,7 @@ def test_tensors_are_those_of_llama_quantize_with_the_same_importance_matrix(
     squares = {name: columns.astype(np.float64) for name, columns in encoder.columns.items()}
     matrix = Imatrix.dense(squares, 1, datasets=["random"], chunk_count=1, chunk_tokens=1)
     matrix.write(tmp_path / "imatrix.gguf")
-    impq_edge.convert(str(directory), type="f32", out=tmp_path / "f32.gguf")
+    impq_edge.convert(str(directory), encode=RTN, type="f32", out=tmp_path / "f32.gguf")
     outer = [f"--tensor-type={name}=q6_k" for name in ("token_embd", "^output.weight")]
     subprocess.run(
         [
@@ -217,8 +218,8 @@ def test_a_row_that_holds_no_k_quants_needs_permission(tmp_path: Path) -> None:
     shape = {"hidden_size": 192, "num_attention_heads": 3, "num_key_value_heads": 3}
     directory = make_checkpoint(tmp_path / "m", "llama", **shape)
     with pytest.raises(ModelError, match="--allow-fallback"):
-        impq_edge.convert(str(directory), type="q2_k", out=tmp_path / "m.gguf")
-    made = impq_edge.convert(str(directory), type="q2_k", out=tmp_path / "m.gguf", allow_fallback=True)
+        impq_edge.convert(str(directory), encode=RTN, type="q2_k", out=tmp_path / "m.gguf")
+    made = impq_edge.convert(str(directory), encode=RTN, type="q2_k", out=tmp_path / "m.gguf", allow_fallback=True)
     assert made.tensor_types["blk.0.attn_q.weight"] == "q4_0" and made.tensor_types["blk.0.ffn_down.weight"] == "q2_k"
     report = impq_edge.validate(tmp_path / "m.gguf", windows=1, repetitions=1, generated_tokens=4)
     assert report.passed
@@ -234,7 +235,7 @@ def test_nan_weights_leave_nothing_behind(checkpoints: dict[str, Path], tmp_path
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
     out = tmp_path / "out" / "m.gguf"
     with pytest.raises(ModelError, match=r"'model.layers.1.mlp.up_proj.weight' has 1 NaN"):
-        impq_edge.convert(str(directory), type="q2_k", out=out)
+        impq_edge.convert(str(directory), encode=RTN, type="q2_k", out=out)
     assert not out.parent.exists()
 
 
@@ -248,7 +249,7 @@ def test_a_full_disk_leaves_nothing_behind(checkpoints: dict[str, Path], tmp_pat
         pytest.skip("this machine does not let us mount a small file system")
     try:
         with pytest.raises(RecordError, match="is full; free some space"):
-            impq_edge.convert(str(checkpoints["llama"]), type="q2_k", out=mount / "m.gguf")
+            impq_edge.convert(str(checkpoints["llama"]), encode=RTN, type="q2_k", out=mount / "m.gguf")
         assert not any(mount.iterdir())
     finally:
         subprocess.run(["umount", mount], check=True)
@@ -257,19 +258,19 @@ def test_a_full_disk_leaves_nothing_behind(checkpoints: dict[str, Path], tmp_pat
 @pytest.mark.parametrize("arguments", [{}, {"type": "q2_k", "allocation": Path("a.json")}, {"type": "q3"}])
 def test_what_to_write_must_be_clear(demo: Path, tmp_path: Path, arguments: dict[str, object]) -> None:
     with pytest.raises(ConversionError):
-        impq_edge.convert(str(demo), out=tmp_path / "m.gguf", **arguments)  # type: ignore[arg-type]
+        impq_edge.convert(str(demo), encode=RTN, out=tmp_path / "m.gguf", **arguments)  # type: ignore[arg-type]
 
 
 def test_an_allocation_of_another_model_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     allocation = mixed(read_model(checkpoints["llama"]), checkpoints["llama"])
     with pytest.raises(AllocationError, match="not for these weights"):
-        impq_edge.convert(str(checkpoints["qwen3"]), allocation=allocation, out=tmp_path / "m.gguf")
+        impq_edge.convert(str(checkpoints["qwen3"]), encode=RTN, allocation=allocation, out=tmp_path / "m.gguf")
 
 
 def test_size_is_predicted_whatever_the_directory_is_called(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     allocation = mixed(read_model(checkpoints["llama"]), checkpoints["llama"])
     renamed = shutil.copytree(checkpoints["llama"], tmp_path / "a-checkpoint-under-quite-another-name-than-before")
-    made = impq_edge.convert(str(renamed), allocation=allocation, out=tmp_path / "m.gguf")
+    made = impq_edge.convert(str(renamed), encode=RTN, allocation=allocation, out=tmp_path / "m.gguf")
     assert made.file_bytes == allocation.predicted_file_bytes
 
 
@@ -285,7 +286,8 @@ import sys
 from pathlib import Path
 import impq_edge
 directory, out, shard_bytes = sys.argv[1:]
-impq_edge.convert(directory, type="q2_k", out=Path(out), threads=1, shard_bytes=int(shard_bytes) or None)
+rtn = impq_edge.EncodeOptions("rtn")
+impq_edge.convert(directory, type="q2_k", out=Path(out), encode=rtn, threads=1, shard_bytes=int(shard_bytes) or None)
 """
 
 
@@ -338,7 +340,7 @@ def test_memory_does_not_hold_a_tensor_whole(large: Path, tmp_path: Path) -> Non
 def test_the_recipe_tells_how_the_file_was_made(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     spec = read_model(checkpoints["llama"])
     allocation = mixed(spec, checkpoints["llama"])
-    impq_edge.convert(str(checkpoints["llama"]), allocation=allocation, out=tmp_path / "m.gguf")
+    impq_edge.convert(str(checkpoints["llama"]), encode=RTN, allocation=allocation, out=tmp_path / "m.gguf")
     field = gguf.GGUFReader(tmp_path / "m.gguf").fields["impq_edge.recipe"]
     recipe = json.loads(bytes(field.parts[field.data[0]]))
     assert recipe["allocation_sha256"] == allocation.identity() and recipe["model_sha256"] == spec.content_sha256
