@@ -5,8 +5,11 @@ Everything here comes from ``config.json`` and the safetensors headers; no weigh
 
 import dataclasses
 import json
+import os
 import re
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -247,14 +250,17 @@ def _content_sha256(directory: Path, tensors: tuple[TensorSpec, ...], progress: 
     names = [*_CONTENT_FILES, *templates, *sorted({tensor.shard for tensor in tensors if tensor.shard})]
     files = {name: directory / name for name in names if (directory / name).exists()}
     total = sum(path.stat().st_size for path in files.values())
-    done = 0
+    done, lock = 0, threading.Lock()
 
     def advance(size: int) -> None:
         nonlocal done
-        done += size
-        progress(done, total)
+        with lock:  # shards are hashed side by side
+            done += size
+            progress(done, total)
 
-    return sha256_json({name: _file_sha256(path, advance) for name, path in files.items()})
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        hashes = pool.map(lambda path: _file_sha256(path, advance), files.values())
+        return sha256_json(dict(zip(files, hashes, strict=True)))
 
 
 _known_hashes: dict[tuple[str, int, int, int], str] = {}
