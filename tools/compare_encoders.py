@@ -15,9 +15,9 @@ from typing import Annotated, Any
 import typer
 
 import impq_edge
-from impq_edge.backends.kquant import ENCODERS
 from impq_edge.conversion.encoder import EncodeOptions
 from impq_edge.data import data_path
+from impq_edge.ggml.encode import ENCODERS
 from impq_edge.validation.validate import compare
 
 _CALIBRATION, _EVALUATION = (data_path("demo", f"{name}.txt") for name in ("calibration", "evaluation"))

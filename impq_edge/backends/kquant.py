@@ -9,16 +9,11 @@ from impq_edge.backends import Bits, Inputs, Statistics, Stored
 from impq_edge.backends.kquant_decode import decode
 from impq_edge.backends.kquant_gptq import SOLVED, encode_gptq
 from impq_edge.errors import BackendError
+from impq_edge.ggml.encode import DEFAULT_ENCODER, ENCODERS
 from impq_edge.ggml.encode import encode as encode_as_ggml
 from impq_edge.ggml.types import BLOCK_TYPES, TensorType, type_for_row
 
 _STATISTICS: dict[str, Statistics] = {"rtn": "none", "imatrix": "squares", "gptq": "hessian"}
-ENCODERS = tuple(_STATISTICS)
-"""How weights become bytes: ggml's encoder, the same with an importance matrix, GPTQ onto the same grids."""
-
-DEFAULT_ENCODER = "gptq"
-"""At equal types its files diverge from F16 by 41 to 67 % less than plain ggml's, on three models at 2 and at 4 bit and
-in a mix of both; an importance matrix takes 1 to 25 % off (docs/method.md, tools/compare_encoders.py)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,15 +11,14 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from impq_edge.backends.kquant import DEFAULT_ENCODER, ENCODERS, KQuant
 from impq_edge.conversion.imatrix import Imatrix
 from impq_edge.errors import ConversionError
+from impq_edge.ggml.encode import DEFAULT_ENCODER, ENCODERS
 from impq_edge.ggml.types import TensorType
-from impq_edge.model.calibration import read_windows
+from impq_edge.model.calibration import DEFAULT_CALIBRATION_TOKENS, DEFAULT_WINDOW_TOKENS, read_windows
 from impq_edge.model.recipe import TensorTypes
 from impq_edge.model.spec import ModelSpec, TensorSpec
 from impq_edge.records import sha256_file
-from impq_edge.spqe.options import DEFAULT_CALIBRATION_TOKENS, DEFAULT_WINDOW_TOKENS
 
 UNWEIGHTED = (TensorType.F32, TensorType.F16, TensorType.BF16, TensorType.Q8_0)
 """Types whose bytes depend on the weights alone, whoever encodes."""
@@ -105,7 +104,7 @@ def open_encoder(
     types: TensorTypes,
     options: EncodeOptions,
     text: Path,
-    device: str,
+    device: Callable[[], str],
     kept: Path,
     progress: Callable[[int, int], None],
 ) -> Opened:
@@ -120,7 +119,7 @@ def open_encoder(
     text
         The calibration text.
     device
-        ``cuda`` or ``cpu``: where it passes through the model.
+        Says where it passes through the model, ``cuda`` or ``cpu``; asked if it does, since that takes PyTorch.
     kept
         A directory for what GPTQ makes, and where it is found again.
     progress
@@ -141,8 +140,9 @@ def open_encoder(
         return Opened(
             ImatrixEncoder(imatrix), {"encode": "imatrix", "imatrix_sha256": sha256_file(options.imatrix)}, imatrix
         )
+    from impq_edge.backends.kquant import KQuant
     from impq_edge.conversion.calibrated import open_calibrated
 
     windows = read_windows(directory, text, options.calibration_tokens, options.window_tokens)
-    encoder, facts = open_calibrated(directory, spec, windows, KQuant(options.encoder), device, kept, progress)
+    encoder, facts = open_calibrated(directory, spec, windows, KQuant(options.encoder), device(), kept, progress)
     return Opened(encoder, facts)

@@ -14,6 +14,11 @@ from impq_edge.records import read_text
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+DEFAULT_WINDOW_TOKENS = 512
+DEFAULT_CALIBRATION_TOKENS = 16384
+"""Half of the demo's blocks at 2 bit by GPTQ diverge by 0.0354 nats per token when it saw 4,096 tokens, by 0.0298 when
+it saw 16,384, and by 0.0292 when it saw 49,152 (standard errors 0.0005)."""
+
 _CHARACTERS_PER_TOKEN = 8  # a first guess; English has about four
 _UNSURE_TOKENS = 256  # no word is that long
 

@@ -22,6 +22,7 @@ from impq_edge.errors import RecordError, ValidationError
 from impq_edge.ggml.types import BLOCK_TYPES
 from impq_edge.impq.allocate import Request
 from impq_edge.impq.allocation import Allocation
+from impq_edge.model.calibration import DEFAULT_WINDOW_TOKENS
 from impq_edge.model.players import players_of
 from impq_edge.model.source import DEMO, find
 from impq_edge.model.spec import ModelSpec
@@ -30,7 +31,7 @@ from impq_edge.releases.preview import Preview, preview
 from impq_edge.releases.report import Comparison, render
 from impq_edge.spqe.journal import to_text
 from impq_edge.spqe.ladder import LadderProfile
-from impq_edge.spqe.options import DEFAULT_WINDOW_TOKENS, GameOptions
+from impq_edge.spqe.options import GameOptions
 from impq_edge.spqe.profile import SensitivityProfile
 from impq_edge.spqe.run import COMPUTE_DTYPES, measure_coalitions
 from impq_edge.spqe.sampling import Coalition, uniform

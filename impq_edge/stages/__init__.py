@@ -1,9 +1,16 @@
-"""The stages as functions: records in, records out. What the command line calls, and notebooks may."""
+"""The stages as functions: records in, records out. What the command line calls, and notebooks may.
 
-from impq_edge.stages.allocating import OUTER_TYPES, allocate, allocation_request, require_allocatable
-from impq_edge.stages.converting import FILE_TYPES, convert, imatrix, record_path, uniform_types
-from impq_edge.stages.measuring import ladder, load_profile, measured_types, profile
-from impq_edge.stages.opening import calibration_windows, open_model, require_compute, require_rows
+Each module is imported when one of its functions is first used: writing needs no PyTorch where nothing is calibrated.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from impq_edge.stages.allocating import OUTER_TYPES, allocate, allocation_request, require_allocatable
+    from impq_edge.stages.converting import FILE_TYPES, convert, imatrix, record_path, uniform_types
+    from impq_edge.stages.measuring import ladder, load_profile, measured_types, profile
+    from impq_edge.stages.opening import calibration_windows, open_model, require_compute, require_rows
 
 __all__ = [
     "FILE_TYPES",
@@ -24,3 +31,29 @@ __all__ = [
     "require_rows",
     "uniform_types",
 ]
+
+_HOMES = {
+    "FILE_TYPES": "converting",
+    "OUTER_TYPES": "allocating",
+    "allocate": "allocating",
+    "allocation_request": "allocating",
+    "calibration_windows": "opening",
+    "convert": "converting",
+    "imatrix": "converting",
+    "ladder": "measuring",
+    "load_profile": "measuring",
+    "measured_types": "measuring",
+    "open_model": "opening",
+    "profile": "measuring",
+    "record_path": "converting",
+    "require_allocatable": "allocating",
+    "require_compute": "opening",
+    "require_rows": "opening",
+    "uniform_types": "converting",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"impq_edge.stages.{_HOMES[name]}"), name)

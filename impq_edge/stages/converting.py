@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from impq_edge.conversion.artifact import Artifact
 from impq_edge.conversion.card import read_card
@@ -16,13 +17,14 @@ from impq_edge.data import data_path
 from impq_edge.errors import ConversionError, RecordError
 from impq_edge.ggml.types import BLOCK_TYPES, TensorType
 from impq_edge.impq.allocation import Allocation
-from impq_edge.model.calibration import read_windows
+from impq_edge.model.calibration import DEFAULT_CALIBRATION_TOKENS, DEFAULT_WINDOW_TOKENS, read_windows
 from impq_edge.model.recipe import TensorTypes, data_bytes, fallbacks, require_no_fallback, tensor_types
 from impq_edge.model.source import DEMO, Source
 from impq_edge.model.spec import ModelSpec
-from impq_edge.spqe.options import DEFAULT_CALIBRATION_TOKENS, DEFAULT_WINDOW_TOKENS
-from impq_edge.spqe.table import Progress
 from impq_edge.stages.opening import in_mebibytes, open_model, require_compute, require_rows, tokenizer_of
+
+if TYPE_CHECKING:
+    from impq_edge.spqe.table import Progress
 
 FILE_TYPES = (TensorType.F32, TensorType.F16, TensorType.Q8_0, TensorType.Q4_K, TensorType.Q2_K)
 
@@ -41,7 +43,7 @@ def convert(
     threads: int | None = None,
     shard_bytes: int | None = None,
     say: Callable[[str], None] = lambda _: None,
-    progress: Progress = lambda *_: None,
+    progress: "Progress" = lambda *_: None,
 ) -> Artifact:
     """Write a checkpoint as one GGUF, with the types of an allocation or one type for all blocks.
 
@@ -91,7 +93,7 @@ def convert(
     beside = out.with_name(f"{out.name}.encoded")
     opened = open_encoder(
         directory, spec, types, encode, encode.calibration or data_path("demo", "calibration.txt"),
-        require_compute(encode.compute), kept or beside,
+        lambda: require_compute(encode.compute), kept or beside,
         lambda done, total: progress("calibrating, blocks", done, total),
     )  # fmt: skip
     recipe = {**recipe, "model_sha256": spec.content_sha256, **opened.facts}
@@ -136,7 +138,7 @@ def imatrix(
     calibration_tokens: int = DEFAULT_CALIBRATION_TOKENS,
     compute: str | None = None,
     revision: str | None = None,
-    progress: Progress = lambda *_: None,
+    progress: "Progress" = lambda *_: None,
 ) -> Imatrix:
     """Collect the importance matrix of a model on a text and write it as llama.cpp's GGUF.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from impq_edge.conversion.tokenizer import Tokenizer, read_tokenizer
 from impq_edge.data import data_path
@@ -11,13 +12,15 @@ from impq_edge.model.calibration import Windows, read_windows
 from impq_edge.model.recipe import fallbacks, require_no_fallback
 from impq_edge.model.source import Source, fetch, find
 from impq_edge.model.spec import ModelSpec, read_model
-from impq_edge.spqe.table import Progress
+
+if TYPE_CHECKING:
+    from impq_edge.spqe.table import Progress
 
 _MIB = 2**20
 
 
 def open_model(
-    model: str | Source, revision: str | None = None, progress: Progress = lambda *_: None
+    model: str | Source, revision: str | None = None, progress: "Progress" = lambda *_: None
 ) -> tuple[Path, ModelSpec]:
     """Find a checkpoint, download what is missing of it, and read its record."""
     source = find(model, revision) if isinstance(model, str) else model
@@ -59,7 +62,7 @@ def require_compute(compute: str | None) -> str:
     return compute or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def in_mebibytes(phase: str, total_bytes: int, progress: Progress) -> Callable[[int], None]:
+def in_mebibytes(phase: str, total_bytes: int, progress: "Progress") -> Callable[[int], None]:
     """Turn steps in bytes into a phase in MiB."""
     done_bytes = 0
 
