@@ -25,6 +25,7 @@ from impq_edge.model.spec import ModelSpec, TensorSpec
 from impq_edge.spqe.memory import memory_told
 from impq_edge.spqe.observe import Observer, entering_head
 from impq_edge.spqe.run import COMPUTE_DTYPES, game_settings
+from impq_edge.spqe.table import encodings_in
 from impq_edge.spqe.walk import Hidden, Walk, open_walk
 
 
@@ -50,7 +51,7 @@ def open_calibrated(
         "compute": f"{settings.device} {settings.dtype}",
     }
     encoder = CalibratedEncoder(
-        directory, spec, windows, Kept(backend, kept, {"model": spec.content_sha256, **settings.calibration()}),
+        directory, spec, windows, encodings_in(kept, backend, spec, settings),
         torch.device(device), getattr(torch, settings.dtype), progress,
     )  # fmt: skip
     return encoder, facts
@@ -131,7 +132,7 @@ class CalibratedEncoder:
         if tensor.block is None:
             return entering_head(self._walk, self._hidden, self._kept.backend.statistics)
         assert self._observer is not None
-        return self._observer.take(_name_in_block(tensor))
+        return self._observer.take(tensor.name_in_block)
 
     def _pass_through(self, blocks: int) -> None:
         """Pass the text through the first so many blocks."""
@@ -183,13 +184,9 @@ def collect_imatrix(
             with Observer(layer, "squares") as observer:
                 hidden = [walk.run(layer, block, batch) for batch in hidden]
                 for tensor in spec.block_matrices(block):
-                    inputs = observer.take(_name_in_block(tensor))
+                    inputs = observer.take(tensor.name_in_block)
                     assert inputs is not None
                     squares[tensor.gguf_name] = (inputs.mean_square.double() * inputs.tokens).cpu().numpy()
             progress(block + 1, spec.n_blocks)
     count, length = windows.tokens.shape
     return Imatrix.dense(squares, windows.tokens.size, datasets=[text_name], chunk_count=count, chunk_tokens=length)
-
-
-def _name_in_block(tensor: TensorSpec) -> str:
-    return tensor.name.removeprefix(f"model.layers.{tensor.block}.")

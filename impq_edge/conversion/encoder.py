@@ -15,7 +15,7 @@ from impq_edge.conversion.imatrix import Imatrix
 from impq_edge.errors import ConversionError
 from impq_edge.ggml.encode import DEFAULT_ENCODER, ENCODERS
 from impq_edge.ggml.types import TensorType
-from impq_edge.model.calibration import DEFAULT_CALIBRATION_TOKENS, DEFAULT_WINDOW_TOKENS, read_windows
+from impq_edge.model.calibration import DEFAULT_CALIBRATION_TOKENS, DEFAULT_WINDOW_TOKENS, Windows
 from impq_edge.model.recipe import TensorTypes
 from impq_edge.model.spec import ModelSpec, TensorSpec
 from impq_edge.records import sha256_file
@@ -103,7 +103,7 @@ def open_encoder(
     spec: ModelSpec,
     types: TensorTypes,
     options: EncodeOptions,
-    text: Path,
+    windows: Callable[[], Windows],
     device: Callable[[], str],
     kept: Path,
     progress: Callable[[int, int], None],
@@ -116,10 +116,8 @@ def open_encoder(
         The checkpoint and what its tensors are to be stored in.
     options
         What was asked for.
-    text
-        The calibration text.
-    device
-        Says where it passes through the model, ``cuda`` or ``cpu``; asked if it does, since that takes PyTorch.
+    windows, device
+        Say what text passes through the model and where, ``cuda`` or ``cpu``; asked if one does.
     kept
         A directory for what GPTQ makes, and where it is found again.
     progress
@@ -143,6 +141,5 @@ def open_encoder(
     from impq_edge.backends.kquant import KQuant
     from impq_edge.conversion.calibrated import open_calibrated
 
-    windows = read_windows(directory, text, options.calibration_tokens, options.window_tokens)
-    encoder, facts = open_calibrated(directory, spec, windows, KQuant(options.encoder), device(), kept, progress)
+    encoder, facts = open_calibrated(directory, spec, windows(), KQuant(options.encoder), device(), kept, progress)
     return Opened(encoder, facts)

@@ -100,8 +100,7 @@ def load_block(
     """
     for tensor in spec.tensors:
         if tensor.block == block:
-            name = tensor.name.removeprefix(f"model.layers.{block}.")
-            _put(layer, name, _read_as_stored(directory, tensor), device, dtype)
+            _put(layer, tensor.name_in_block, _read_as_stored(directory, tensor), device, dtype)
 
 
 def _attention(spec: ModelSpec) -> str:

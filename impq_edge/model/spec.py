@@ -47,6 +47,11 @@ class TensorSpec:
     shard: str | None  # file name within the checkpoint; None: derived from the configuration
 
     @property
+    def name_in_block(self) -> str:
+        """The checkpoint's name without that of the block, such as ``self_attn.q_proj.weight``."""
+        return self.name.removeprefix(f"model.layers.{self.block}.")
+
+    @property
     def weights(self) -> int:
         """Number of weights."""
         count = 1

@@ -114,10 +114,9 @@ class Game:
             names: list[str] = []
             stored: list[dict[Bits, torch.Tensor]] = []
             for tensor in self._matrices[index]:
-                name = tensor.name.removeprefix(f"model.layers.{index}.")
-                names.append(name)
+                names.append(tensor.name_in_block)
                 stored.append({})
-                weight, inputs = read(tensor).to(self._walk.device), observer.take(name)
+                weight, inputs = read(tensor).to(self._walk.device), observer.take(tensor.name_in_block)
                 for bits in BITS:
                     if kept is None:
                         made = backend.quantise(weight, bits, inputs)

@@ -121,7 +121,7 @@ class _Measurement:
             return dict.fromkeys(self._job.spec.block_matrices(block))
         with Observer(self._layers[block], self._backend.statistics) as observer:
             self._seen = [self._calibration.run(self._layers[block], block, batch) for batch in self._seen]
-            return {t: observer.take(_name_in_block(t)) for t in self._job.spec.block_matrices(block)}
+            return {t: observer.take(t.name_in_block) for t in self._job.spec.block_matrices(block)}
 
     def _outside(self, players: Sequence[Player]) -> dict[TensorSpec, Inputs | None]:
         tied = self._job.spec.hyperparameters.tied_embeddings
@@ -161,7 +161,7 @@ class _Measurement:
 
     def _parameter(self, tensor: TensorSpec) -> torch.nn.Parameter:
         if tensor.block is not None:
-            return self._layers[tensor.block].get_parameter(_name_in_block(tensor))
+            return self._layers[tensor.block].get_parameter(tensor.name_in_block)
         found: torch.nn.Parameter = self._walk.outside.get_parameter(tensor.name)  # a tied head shares it
         return found
 
@@ -190,10 +190,6 @@ class _Measurement:
             log_q = self._walk.logits(entering[first : first + step]).log_softmax(dim=1)
             found.append((log_p.exp() * (log_p - log_q)).sum(dim=1))
         return torch.cat(found)
-
-
-def _name_in_block(tensor: TensorSpec) -> str:
-    return tensor.name.removeprefix(f"model.layers.{tensor.block}.")
 
 
 def _finite(values: NDArray[np.float64], what: str) -> NDArray[np.float64]:

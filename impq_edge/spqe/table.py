@@ -128,7 +128,12 @@ def kept_encodings(job: Job) -> Kept | None:
     backend = job.backend
     if job.kept is None or not isinstance(backend, KQuant) or backend.statistics == "none":
         return None
-    return Kept(backend, job.kept, {"model": job.spec.content_sha256, **job.settings.calibration()})
+    return encodings_in(job.kept, backend, job.spec, job.settings)
+
+
+def encodings_in(directory: Path, backend: KQuant, spec: ModelSpec, settings: GameSettings) -> Kept:
+    """Return what a directory holds of a model's encodings on one text, for the game and the writer alike."""
+    return Kept(backend, directory, {"model": spec.content_sha256, **settings.calibration()})
 
 
 def set_table_elsewhere(job: Job) -> Table:

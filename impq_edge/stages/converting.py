@@ -13,15 +13,22 @@ from impq_edge.conversion.imatrix import Imatrix
 from impq_edge.conversion.layout import Layout, Recipe, plan_gguf
 from impq_edge.conversion.metadata import Origin
 from impq_edge.conversion.writer import write_gguf
-from impq_edge.data import data_path
 from impq_edge.errors import ConversionError, RecordError
 from impq_edge.ggml.types import BLOCK_TYPES, TensorType
 from impq_edge.impq.allocation import Allocation
-from impq_edge.model.calibration import DEFAULT_CALIBRATION_TOKENS, DEFAULT_WINDOW_TOKENS, read_windows
+from impq_edge.model.calibration import DEFAULT_CALIBRATION_TOKENS, DEFAULT_WINDOW_TOKENS
 from impq_edge.model.recipe import TensorTypes, data_bytes, fallbacks, require_no_fallback, tensor_types
 from impq_edge.model.source import DEMO, Source
 from impq_edge.model.spec import ModelSpec
-from impq_edge.stages.opening import in_mebibytes, open_model, require_compute, require_rows, tokenizer_of
+from impq_edge.stages.opening import (
+    calibration_text,
+    calibration_windows,
+    in_mebibytes,
+    open_model,
+    require_compute,
+    require_rows,
+    tokenizer_of,
+)
 
 if TYPE_CHECKING:
     from impq_edge.spqe.table import Progress
@@ -92,7 +99,8 @@ def convert(
     encode = encode or EncodeOptions()
     beside = out.with_name(f"{out.name}.encoded")
     opened = open_encoder(
-        directory, spec, types, encode, encode.calibration or data_path("demo", "calibration.txt"),
+        directory, spec, types, encode,
+        lambda: calibration_windows(directory, encode.calibration, encode.calibration_tokens, encode.window_tokens),
         lambda: require_compute(encode.compute), kept or beside,
         lambda done, total: progress("calibrating, blocks", done, total),
     )  # fmt: skip
@@ -112,7 +120,6 @@ def convert(
         return known
     advance = in_mebibytes("writing, MiB", data_bytes(spec, types), progress)
     written = write_gguf(directory, layout, out, encoder=opened.encoder, threads=threads, progress=advance)
-    shutil.rmtree(beside, ignore_errors=True)
     first, *others = written.files
     artifact = Artifact(
         artifact=first.name,
@@ -127,6 +134,7 @@ def convert(
         bits_per_weight=8 * written.file_bytes / spec.weights,
     )
     artifact.save(record_path(out))
+    shutil.rmtree(beside, ignore_errors=True)  # after the record: a run killed before finds all of it again
     return artifact
 
 
@@ -151,11 +159,11 @@ def imatrix(
 
     device = require_compute(compute)
     directory, spec = open_model(model, revision, progress)
-    text = calibration or data_path("demo", "calibration.txt")
-    windows = read_windows(directory, text, calibration_tokens, DEFAULT_WINDOW_TOKENS)
+    windows = calibration_windows(directory, calibration, calibration_tokens, DEFAULT_WINDOW_TOKENS)
     found = collect_imatrix(
-        directory, spec, windows, text.name, device, lambda done, total: progress("calibrating, blocks", done, total)
-    )
+        directory, spec, windows, calibration_text(calibration).name, device,
+        lambda done, total: progress("calibrating, blocks", done, total),
+    )  # fmt: skip
     found.write(out)
     return found
 

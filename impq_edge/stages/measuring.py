@@ -70,8 +70,7 @@ def profile(
         )
     if game.is_ladder:
         raise SensitivityError("More types than 2 and 4 bit are measured one player at a time; call ladder instead.")
-    job, header = _job(model, game, revision, allow_fallback, progress)
-    job = dataclasses.replace(job, kept=kept)
+    job, header = _job(model, game, kept, revision, allow_fallback, progress)
     until_stable, answer = _stability(game, job.spec, header, request)
     design = Design(game.estimator, game.walks, game.seed, until_stable)
     before = None
@@ -110,8 +109,7 @@ def ladder(
     in the blocks; its profile is saved beside ``out`` as ``<stem>.game.json``. Other arguments as for
     :func:`profile`; a killed run goes on, and a finished ladder of the same game is extended by types it lacks.
     """
-    job, header = _job(model, game, revision, allow_fallback, progress)
-    job = dataclasses.replace(job, kept=kept)
+    job, header = _job(model, game, kept, revision, allow_fallback, progress)
     journal = Journal(
         out.with_name(f"{out.name}.journal"), {"model": job.spec.content_sha256, **dataclasses.asdict(job.settings)}
     )
@@ -119,7 +117,7 @@ def ladder(
     if game.walks:
         played = profile(
             model, out=out.with_name(f"{out.stem}.game.json"), game=dataclasses.replace(game, types=PUBLISHED_TYPES),
-            revision=revision, allow_fallback=allow_fallback, say=say, progress=progress,
+            kept=kept, revision=revision, allow_fallback=allow_fallback, say=say, progress=progress,
         )  # fmt: skip
     if out.exists():
         found = LadderProfile.load(out)
@@ -153,7 +151,12 @@ def measured_types(found: SensitivityProfile | LadderProfile) -> tuple[int, ...]
 
 
 def _job(
-    model: str | Source, game: GameOptions, revision: str | None, allow_fallback: bool, progress: Progress
+    model: str | Source,
+    game: GameOptions,
+    kept: Path | None,
+    revision: str | None,
+    allow_fallback: bool,
+    progress: Progress,
 ) -> tuple[Job, int]:
     """Gather what a measurement needs, and the bytes of the model's GGUF before its tensor data."""
     backend = load_backend(game.backend, **game.backend_settings)
@@ -164,9 +167,8 @@ def _job(
     text = calibration_windows(directory, game.calibration, longest, game.window_tokens)
     windows, seen = text.first(game.tokens), text.first(game.calibration_tokens)
     settings = game_settings(game.backend, backend, windows, players=game.players, device=device, calibration=seen)
-    return Job(directory.resolve(), spec, backend, windows, settings, seen), header_bytes(
-        spec, tokenizer_of(directory, spec)
-    )
+    header = header_bytes(spec, tokenizer_of(directory, spec))
+    return Job(directory.resolve(), spec, backend, windows, settings, seen, kept), header
 
 
 def _require_same_inputs(out: Path, model: ModelSpec, settings: GameSettings, job: Job) -> None:

@@ -33,12 +33,18 @@ def open_model(
 
 
 def tokenizer_of(directory: Path, spec: ModelSpec) -> Tokenizer:
+    """Read a checkpoint's tokenizer as its GGUF will hold it."""
     return read_tokenizer(directory, spec.hyperparameters.vocabulary, spec.hyperparameters.architecture)
+
+
+def calibration_text(text: Path | None) -> Path:
+    """Return the text that was asked for, or the shipped one."""
+    return text or data_path("demo", "calibration.txt")
 
 
 def calibration_windows(directory: Path, text: Path | None, tokens: int, window_tokens: int) -> Windows:
     """Cut windows from a text, the shipped calibration text by default."""
-    return read_windows(directory, text or data_path("demo", "calibration.txt"), tokens, window_tokens)
+    return read_windows(directory, calibration_text(text), tokens, window_tokens)
 
 
 def require_rows(spec: ModelSpec, allow_fallback: bool, outer: TensorType = TensorType.Q6_K) -> None:
