@@ -449,10 +449,10 @@ class _Workshop:
         )  # fmt: skip
 
     def make_all(self) -> None:
-        """Make every file, llama.cpp's first, and say so."""
+        """Make every file and say so; first the ladder, so that no comparison takes its cores."""
+        ladder = self._ladder()
         self._reference()
         budgets = {mix: self._stock(mix).counted_bytes for mix in self._settings.mixes}
-        ladder = self._ladder()
         for mix, budget in budgets.items():
             self._allocated(ladder, mix, budget, OURS, f"ours-{mix}")
         if self._settings.same_types:

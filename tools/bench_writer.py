@@ -98,6 +98,8 @@ def bench(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         ours, theirs = folder / "ours.gguf", folder / "theirs.gguf"
         runs: dict[str, list[Run]] = {"ours": [], "llama.cpp": []}
         for _ in range(options.repetitions):
+            for path in folder.glob("ours.*"):  # convert keeps a file that is there already
+                path.unlink()
             for name, command in (
                 ("ours", our_command(model, ours, weighed, options)),
                 ("llama.cpp", their_command(source, theirs, weighed, options)),

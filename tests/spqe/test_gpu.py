@@ -25,13 +25,14 @@ def game_on(
     *,
     players: PlayerKind = "blocks",
     resident: int | None = None,
+    **settings: str,
 ) -> Game:
     spec = read_model(directory)
     tokens = np.random.default_rng(0).integers(10, 8000, size=(5, 96))
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     game = Game(open_walk(directory, spec, Windows(tokens, ""), torch.device(device), dtype), players)
     game.prepare(
-        lambda tensor: torch.from_numpy(read_tensor(directory, tensor)), load_backend(backend), resident_blocks=resident
+        lambda tensor: torch.from_numpy(read_tensor(directory, tensor)), load_backend(backend, **settings), resident_blocks=resident
     )
     return game
 
@@ -41,13 +42,14 @@ def some_coalitions(directory: Path, players: PlayerKind = "blocks", count: int 
     return evaluation_order("permutations", draws("permutations", n_players, count, seed=1), n_players)
 
 
-# GPTQ's codes follow from activations, and on a random model other codes are other losses (0.4 nats apart were seen);
-# tests/backends/test_gptq.py compares its solver on the same inputs.
+# What GPTQ solves follows from activations, and on a random model other codes are other losses (0.4 nats apart were
+# seen); the tests of its two solvers compare them on the same inputs.
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2"])
 @pytest.mark.parametrize("backend", sorted({*NAMES} - {"gptq"}))
 def test_cuda_agrees_with_the_cpu(checkpoints: dict[str, Path], architecture: str, backend: str) -> None:
     directory = checkpoints[architecture]
-    gpu, cpu = game_on("cuda", directory, backend), game_on("cpu", directory, backend)
+    settings = {"encode": "imatrix"} if backend == "kquant" else {}
+    gpu, cpu = (game_on(device, directory, backend, **settings) for device in ("cuda", "cpu"))
     for coalition in some_coalitions(directory):
         # Losses near 10 nats; bfloat16 keeps 8 bits of each activation, and HQQ optimises in float16 on CUDA.
         assert gpu.losses(coalition) == pytest.approx(cpu.losses(coalition), abs=0.1)
