@@ -32,7 +32,9 @@ def game_on(
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     game = Game(open_walk(directory, spec, Windows(tokens, ""), torch.device(device), dtype), players)
     game.prepare(
-        lambda tensor: torch.from_numpy(read_tensor(directory, tensor)), load_backend(backend, **settings), resident_blocks=resident
+        lambda tensor: torch.from_numpy(read_tensor(directory, tensor)),
+        load_backend(backend, **settings),
+        resident_blocks=resident,
     )
     return game
 
