@@ -126,3 +126,15 @@ def test_records_that_contradict_themselves_are_refused(checkpoints: dict[str, P
         assert "\n" not in str(caught.value)
     with pytest.raises(SensitivityError, match="not at 6"):
         made.divergences((2, 6))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2"])
+def test_cuda_agrees_with_the_cpu(tmp_path: Path, architecture: str) -> None:
+    directory = make_checkpoint(tmp_path / "model", architecture)
+    made, expected = (
+        measured(directory, tmp_path / device, "blocks", (2, 4, 8), device=device) for device in ("cuda", "cpu")
+    )
+    # bfloat16 keeps 8 bits of each activation, on both sides of a divergence.
+    assert made.divergences() == pytest.approx(expected.divergences(), rel=0.1, abs=2e-3)
