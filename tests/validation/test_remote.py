@@ -282,7 +282,7 @@ def test_a_wrong_key_a_closed_port_and_a_strange_host_key_say_what_to_do(
             go(board, demo_gguf, ssh=configured(old, new))
     with pytest.raises(ValidationError, match="'no-such-ssh' is not installed"):
         go(board, demo_gguf, ssh="no-such-ssh")
-    with pytest.raises(ValidationError, match="--ssh .* cannot be read"):
+    with pytest.raises(ValidationError, match=r"--ssh .* cannot be read"):
         go(board, demo_gguf, ssh="ssh 'open")
 
 
@@ -291,7 +291,9 @@ def test_a_host_without_python_or_with_too_old_a_one(demo_gguf: Path, tmp_path: 
     path.mkdir()
     for tool in ("sh", "uname"):
         (path / tool).symlink_to(str(shutil.which(tool)))
-    with Sshd(tmp_path / "bare", PATH=path) as bare:
+    # Not by the environment alone: the user's own start-up files may add to the path.
+    bare_path = f"""ForceCommand PATH={path}; export PATH; eval "$SSH_ORIGINAL_COMMAND\""""
+    with Sshd(tmp_path / "bare", lines=(bare_path,)) as bare:
         with pytest.raises(ValidationError, match=r"board has no Python on its path; install Python 3\.11 or newer"):
             validate_on("board", demo_gguf, ssh=bare.ssh)
         with pytest.raises(ValidationError, match=r"board has no '~/my python' that runs; .*--remote-python PATH"):
@@ -322,9 +324,7 @@ def test_a_file_larger_than_the_memory_is_refused_before_anything_is_copied(boar
     with path.open("rb+") as file:
         file.truncate(path.stat().st_size + rows * 4096 + 4096)  # a hole: it takes no disk
     start = time.monotonic()
-    with pytest.raises(
-        ValidationError, match=r"huge\.gguf needs at least [\d.]+ GiB of memory .* and board has [\d.]+;"
-    ):
+    with pytest.raises(ValidationError, match=r"huge\.gguf needs at least [\d.]+ GiB .* and board has [\d.]+;"):
         go(board, path)
     assert time.monotonic() - start < 20  # not even hashed
 
@@ -351,9 +351,7 @@ def test_a_disk_that_is_too_small_is_refused_before_the_copy(demo_gguf: Path, tm
         if mounted.returncode != 0:
             pytest.skip("nothing may be mounted here")
         try:
-            with pytest.raises(
-                ValidationError, match=r"9 MiB are to be written to board:.*, and 4 are free on that disk"
-            ):
+            with pytest.raises(ValidationError, match=r"9 MiB are to be written to board:.*, and 4 are free"):
                 go(small, demo_gguf)
             assert not list((small.store / "objects").iterdir())
             with pytest.raises(ValidationError, match=r"On board: the disk that holds .* is full"):
@@ -418,9 +416,7 @@ def test_only_wheels_for_that_machine_are_carried(wheel: str, fitting: bool) -> 
 def test_wheels_without_llama_cpp_name_the_script_that_collects_them(tmp_path: Path) -> None:
     (tmp_path / "rich-15.0.0-py3-none-any.whl").touch()
     host = Host("board", "aarch64", "Linux", "python3", (3, 13), None, None)
-    with pytest.raises(
-        ValidationError, match=r"no wheel of llama-cpp-python for Python 3\.13 on aarch64; .*carry-wheels"
-    ):
+    with pytest.raises(ValidationError, match=r"llama-cpp-python for Python 3\.13 on aarch64; .*carry-wheels"):
         wanted_environment(host, tmp_path, tmp_path)
 
 

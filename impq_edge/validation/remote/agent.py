@@ -105,6 +105,7 @@ def prepare(request: dict[str, Any]) -> dict[str, Any]:
         "free_bytes": disk.f_bavail * disk.f_frsize,
         "present": {sha256: _held_bytes(folder / "objects" / sha256) for sha256 in request["objects"]},
         "python": _ready_python(request["content"], request["wheels"]),
+        "renewable": _is_ours(request["wheels"]),
         "cores": os.cpu_count() or 1,
         "compiler": shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"),
     }
@@ -121,10 +122,15 @@ def _ready_python(content: str, wheels: list[str] | None) -> str | None:
     """Return the Python that has this very package, ours or, unless wheels are to be used, one's own."""
     if wheels is None and _own_content() == content:
         return sys.executable
+    same = _is_ours(wheels) and _stamp().get("content") == content
+    return str(_venv_python()) if same else None
+
+
+def _is_ours(wheels: list[str] | None) -> bool:
+    """Tell whether our environment is whole and made of these wheels, whatever version of this package it has."""
     stamp = _stamp()
-    same = stamp.get("content") == content and (wheels is None or stamp.get("wheels") == wheels)
-    python = _venv_python()
-    return str(python) if same and stamp.get("python") == sys.version and python.exists() else None
+    right = stamp.get("python") == sys.version and (wheels is None or stamp.get("wheels") == wheels)
+    return right and _venv_python().exists()
 
 
 def _own_content() -> str | None:
@@ -369,26 +375,27 @@ def job(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def install(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """Make or renew the environment; an answer ``compile`` says that llama.cpp would have to be compiled."""
+    """Make or renew the environment.
+
+    Instead of its Python the answer may be ``again``: ``"compile"`` where llama.cpp would have to be compiled,
+    ``"whole"`` where this package alone, put into the environment that is there, does not make it complete.
+    """
     wheels = folder / "in" / "wheels"
     ours = wheels / asked["wheel"]
-    stamp, venv = _stamp(), cache() / "venv"
-    renewed = (
-        stamp.get("python") == sys.version
-        and stamp.get("wheels") == asked["wheels"]
-        and _pip(folder, ["install", "--no-deps", "--force-reinstall", str(ours)], 2) is None
-        and _pip(folder, ["check"], 2) is None
-    )
-    if not renewed:
-        _make_venv(venv)
+    stamp = {"content": asked["content"], "python": sys.version, "wheels": asked["wheels"]}
+    if asked["renew"]:
+        (cache() / "venv.json").unlink(missing_ok=True)
+        if _pip(folder, ["install", "--no-deps", "--force-reinstall", str(ours)], 2) or _pip(folder, ["check"], 2):
+            return {"again": "whole"}
+    else:
+        _make_venv(cache() / "venv")
         failure = _pip(folder, ["install", *_where_from(asked, wheels), str(ours)], asked["expected"])
         if failure is not None:
             if not asked["compile"] and "llama-cpp-python" in failure and asked["wheels"] is None:
-                return {"compile": True}
+                return {"again": "compile"}
             shutil.copy(folder / "pip.log", cache())
             raise RefusalError(_pip_sentence(failure, asked["wheels"] is not None))
-    made = {"content": asked["content"], "python": sys.version, "wheels": asked["wheels"]}
-    (cache() / "venv.json").write_text(json.dumps(made), "utf-8")
+    (cache() / "venv.json").write_text(json.dumps(stamp), "utf-8")
     for sha256 in asked["inputs"].values():  # what they hold is in the environment
         (cache() / "objects" / sha256).unlink(missing_ok=True)
     return {"python": str(_venv_python())}

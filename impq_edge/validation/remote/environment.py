@@ -114,29 +114,42 @@ def ensure_environment(
     """
     if prepared["python"]:
         return str(prepared["python"])
-    items = (environment.own, *(environment.carried or ()))
-    say(f"Installing impq-edge on {host.name} ({mib(sum(item.size_bytes for item in items))} MiB of wheels to copy).")
-    copy_items(connection, host.python, items, progress, say)
-    answer = _install(connection, host, environment, False, progress, say)
-    if answer.get("compile"):
+
+    def install(items: tuple[Item, ...], **how: bool) -> dict[str, Any]:
+        size_bytes = sum(item.size_bytes for item in items)
+        say(f"Installing impq-edge on {host.name}, from {mib(size_bytes)} MiB of wheels to copy.")
+        copy_items(connection, host.python, items, progress, say)
+        return _install(connection, host, environment, items, how, progress, say)
+
+    everything = (environment.own, *(environment.carried or ()))
+    answer = install((environment.own,), renew=True) if prepared["renewable"] else {"again": "whole"}
+    if answer.get("again") == "whole":
+        answer = install(everything)
+    if answer.get("again") == "compile":
         _ask_to_compile(host, prepared, agree)
-        answer = _install(connection, host, environment, True, progress, say)
+        answer = install(everything, compile=True)
     return str(answer["python"])
 
 
 def _install(
-    connection: Connection, host: Host, environment: Environment, compile: bool, progress: Progress, say: Say
+    connection: Connection,
+    host: Host,
+    environment: Environment,
+    items: tuple[Item, ...],
+    how: dict[str, bool],
+    progress: Progress,
+    say: Say,
 ) -> dict[str, Any]:
-    items = (environment.own, *(environment.carried or ()))
-    expected = _INDEX_PACKAGES if environment.carried is None else len(items)
     request = {
         "kind": "install",
         "inputs": {item.name: item.sha256 for item in items},
         "wheel": environment.own.path.name,
         "wheels": environment.carried_sha256,
         "content": environment.content,
-        "compile": compile,
-        "expected": expected,
+        "expected": _INDEX_PACKAGES if environment.carried is None else len(items),
+        "renew": False,
+        "compile": False,
+        **how,
     }
     answer: dict[str, Any] = follow(connection, host.python, request, progress, say)
     return answer

@@ -9,7 +9,7 @@ from impq_edge.validation.remote.host import Host
 from impq_edge.validation.remote.ssh import Say
 from impq_edge.validation.validate import DEFAULT_CONTEXT_TOKENS
 
-ENVIRONMENT_BYTES = 600 << 20
+ENVIRONMENT_BYTES = 400 << 20
 """Room for the environment, with its wheels beside it while it is made; see docs/on-device.md for what it takes."""
 
 _VALUE_BITS = {"f32": 32.0, "f16": 16.0, "q8_0": 8.5, "q4_0": 4.5}

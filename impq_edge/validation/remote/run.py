@@ -153,7 +153,9 @@ def _prepare(
     request = {"op": "prepare", "content": content, "wheels": wheels, "objects": [item.sha256 for item in items]}
     found: dict[str, Any] = connection.ask(there.python, request, lambda *_: None, lambda _: None)
     missing_bytes = sum(max(0, item.size_bytes - found["present"][item.sha256]) for item in items)
-    check_disk(there.name, found["free_bytes"], missing_bytes, not found["python"], found["cache"])
+    check_disk(
+        there.name, found["free_bytes"], missing_bytes, not found["python"] and not found["renewable"], found["cache"]
+    )
     return found
 
 
