@@ -391,7 +391,8 @@ def install(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
         _make_venv(cache() / "venv")
         failure = _pip(folder, ["install", *_where_from(asked, wheels), str(ours)], asked["expected"])
         if failure is not None:
-            if not asked["compile"] and "llama-cpp-python" in failure and asked["wheels"] is None:
+            none_found = "No matching distribution found for llama-cpp-python" in failure and not _has_no_index(failure)
+            if none_found and asked["wheels"] is None and not asked["compile"]:
                 return {"again": "compile"}
             shutil.copy(folder / "pip.log", cache())
             raise RefusalError(_pip_sentence(failure, asked["wheels"] is not None))
@@ -462,6 +463,10 @@ def _cmake_arguments() -> str:
     return ""
 
 
+def _has_no_index(said: str) -> bool:
+    return any(words in said for words in ("NewConnectionError", "ConnectTimeout", "NameResolutionError"))
+
+
 def _pip_sentence(said: str, offline: bool) -> str:
     errors = [line for line in said.splitlines() if line.startswith("ERROR: ")] or said.strip().splitlines()
     first = errors[0].removeprefix("ERROR: ").strip()
@@ -473,7 +478,7 @@ def _pip_sentence(said: str, offline: bool) -> str:
             f"the wheels do not suffice for Python {version} on {os.uname().machine} ({first}); collect them with "
             f"scripts/carry-wheels {os.uname().machine} DIR --python {version}."
         )
-    if "Failed to establish a new connection" in said or "NewConnectionError" in said or "ConnectTimeout" in said:
+    if _has_no_index(said):
         return "the package index cannot be reached from there; carry wheels with scripts/carry-wheels and --wheels."
     return f"pip could not install the package there ({first}); see {cache() / 'pip.log'} there, or carry wheels."
 
