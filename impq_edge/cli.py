@@ -23,6 +23,7 @@ from impq_edge.errors import (
     AllocationError,
     ImpqError,
     SensitivityError,
+    ValidationError,
 )
 
 if TYPE_CHECKING:
@@ -400,16 +401,21 @@ def validate(
 
     Example: `impq-edge validate llama.gguf --device raspberry-pi-5 --on pi@raspberrypi.local --wheels wheels-aarch64`
     """
-    from impq_edge.devices.profile import load_device
-    from impq_edge.validation.remote.run import validate_on
-    from impq_edge.validation.validate import validate as run
-
+    if on is None and (wheels or remote_python or remote_clean != "nothing" or yes):
+        raise ValidationError(
+            "--wheels, --remote-python, --remote-clean and --yes are for another machine; name it with --on."
+        )
     options: dict[str, Any] = {"windows": windows, "context_tokens": context, "kv_type": kv_type}
     with console.progress() as advance:
         if on is None:
+            from impq_edge.devices.profile import load_device
+            from impq_edge.validation.validate import validate as run
+
             profile = load_device(device) if device else None
             report = run(file, device=profile, text=text, reference=reference, progress=advance, **options)
         else:
+            from impq_edge.validation.remote.run import validate_on
+
             report = validate_on(
                 on, file, device=device, text=text, reference=reference, options=options, wheels=wheels,
                 python=remote_python, ssh=ssh, clean=remote_clean, agree=lambda question: yes or _confirmed(question),

@@ -432,3 +432,66 @@ def test_wheels_that_do_not_suffice_are_named(demo_gguf: Path, tmp_path: Path) -
         with pytest.raises(ValidationError, match=r"On board: the wheels do not suffice for Python 3.*carry-wheels"):
             go(new, demo_gguf, wheels=wheels, clean="all")
         assert not new.store.exists()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of this checkout as a newcomer has it: nothing installed, nothing built."""
+    target = tmp_path / "a checkout"
+    leave = shutil.ignore_patterns("tiny-llama3", "__pycache__")
+    for name in ("impq_edge", "devices", "scripts"):
+        shutil.copytree(ROOT / name, target / name, ignore=leave)
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, target)
+    return target
+
+
+@pytest.mark.slow
+def test_a_machine_that_has_nothing_is_served_from_wheels_and_renewed(
+    demo_gguf: Path, checkout: Path, tmp_path: Path
+) -> None:
+    wheels = tmp_path / "wheels"
+    python = sys._base_executable  # type: ignore[attr-defined]
+    version = ".".join(map(str, sys.version_info[:2]))
+    collect = [checkout / "scripts/carry-wheels", "--python", version, os.uname().machine, wheels]
+    subprocess.run(collect, check=True, env={**os.environ, "PYTHON": sys.executable})
+
+    with Sshd(tmp_path / "bare", PIP_INDEX_URL="http://127.0.0.1:9/simple") as bare:  # no network there
+
+        def run(*more: str | Path) -> subprocess.CompletedProcess[str]:
+            command = [
+                checkout / "scripts/validate_on_device.sh", demo_gguf, "--device", "raspberry-pi-zero-2w", "--context",
+                "256", "--windows", "1", "--json", "--on", "board", "--ssh", bare.ssh, "--remote-python", python, *more,
+            ]  # fmt: skip
+            environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PYTHON": sys.executable}
+            environment.pop("PYTHONPATH", None)
+            return subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+
+        done = run("--wheels", wheels)
+        assert done.returncode == 0, done.stderr
+        assert "Installing impq-edge" in done.stderr
+        assert json.loads(done.stdout)["sha256"] == hashlib.sha256(demo_gguf.read_bytes()).hexdigest()
+        assert {path.name for path in (bare.store / "objects").iterdir()} == {json.loads(done.stdout)["sha256"]}
+
+        with (checkout / "impq_edge/errors.py").open("a") as source:
+            source.write("# changed\n")
+        done = run("--wheels", wheels)
+        assert done.returncode == 0, done.stderr
+        assert "from 0." in done.stderr and "Copying" not in done.stderr  # one small wheel
+
+        done = run("--remote-clean", "all")  # without --wheels the environment that is there does
+        assert done.returncode == 0, done.stderr
+        assert "Installing" not in done.stderr and not bare.store.exists()
+
+
+@pytest.mark.slow
+def test_a_machine_that_must_compile_or_has_no_index_is_told_what_to_do(demo_gguf: Path, tmp_path: Path) -> None:
+    python = sys._base_executable  # type: ignore[attr-defined]
+    no_index = pytest.raises(ValidationError, match="the package index cannot be reached from there; carry wheels")
+    with Sshd(tmp_path / "alone", PIP_INDEX_URL="http://127.0.0.1:9/simple", PIP_RETRIES=1) as alone, no_index:
+        validate_on("board", demo_gguf, ssh=alone.ssh, python=python)
+    with Sshd(tmp_path / "online") as online:
+        asked: list[str] = []
+        with pytest.raises(ValidationError, match=r"would have to be compiled on board.* agree with --yes, or collect"):
+            validate_on("board", demo_gguf, ssh=online.ssh, python=python, agree=lambda text: bool(asked.append(text)))
+        assert len(asked) == 1 and "can take an hour on a small board" in asked[0]
