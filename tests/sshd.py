@@ -1,5 +1,6 @@
 """A real sshd of our own on the loopback interface, and the ssh that reaches it."""
 
+import contextlib
 import getpass
 import os
 import shlex
@@ -8,6 +9,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,10 +41,11 @@ class Sshd:
         (self.folder / "ssh_config").write_text(self._client_configuration())
         host_key = (self.folder / "host_key.pub").read_text()
         (self.folder / "known_hosts").write_text(f"[127.0.0.1]:{self.port} {host_key}")
-        self.process = subprocess.Popen(
-            [str(SSHD), "-D", "-e", "-f", self.folder / "sshd_config"],
-            stdin=subprocess.DEVNULL, stderr=(self.folder / "sshd.log").open("wb"),
-        )  # fmt: skip
+        with _one_core():
+            self.process = subprocess.Popen(
+                [str(SSHD), "-D", "-e", "-f", self.folder / "sshd_config"],
+                stdin=subprocess.DEVNULL, stderr=(self.folder / "sshd.log").open("wb"),
+            )  # fmt: skip
         self._wait()
         return self
 
@@ -101,7 +104,20 @@ class Sshd:
         pytest.skip(f"sshd does not start here: {(self.folder / 'sshd.log').read_text()[-300:]}")
 
 
+@contextlib.contextmanager
+def _one_core() -> Iterator[None]:
+    """What starts here has one core: llama.cpp's threads spin as they wait, which a busy machine punishes."""
+    ours = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(ours)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, ours)
+
+
 def _skip_where_it_cannot_run() -> None:
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("these tests read /proc and bind processes to cores, as only Linux lets them")
     if SSHD is None or shutil.which("ssh") is None:
         pytest.skip("OpenSSH's client and server are not installed (Debian: apt-get install openssh-server)")
     if os.geteuid() == 0 and not Path("/run/sshd").is_dir():
