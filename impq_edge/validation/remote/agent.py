@@ -176,10 +176,10 @@ def receive(request: dict[str, Any]) -> str:
         digest = digests[kept]
         file.truncate(min(kept * PART_BYTES, file.tell()))
         _append(file, digest, size_bytes)
-    if digest.hexdigest() != request["sha256"]:
-        part.unlink()
-        raise RefusalError("the copy arrived damaged and was removed; run the same command again.")
-    part.replace(target)
+        if digest.hexdigest() != request["sha256"]:
+            part.unlink()
+            raise RefusalError("the copy arrived damaged and was removed; run the same command again.")
+        part.replace(target)  # while it is locked: whoever waits for it then finds it whole
     return "copied"
 
 
