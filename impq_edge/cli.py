@@ -23,6 +23,7 @@ from impq_edge.errors import (
     AllocationError,
     ImpqError,
     SensitivityError,
+    ValidationError,
 )
 
 if TYPE_CHECKING:
@@ -118,6 +119,20 @@ HeadType = Annotated[Literal["q6_k", "q8_0", "q4_k", "f16"], typer.Option(help="
 AllowFallback = Annotated[bool, typer.Option(help="Build although some rows hold no K-quants.")]
 Text = Annotated[Path | None, typer.Option(help="Evaluation text, UTF-8; a short one ships.")]
 Windows = Annotated[int, typer.Option(min=1, help="Windows of 512 tokens to score.")]
+On = Annotated[
+    str | None,
+    typer.Option(metavar="USER@HOST", help="Validate there, over ssh; see docs/on-device.md."),
+]
+Wheels = Annotated[
+    Path | None, typer.Option(help="With --on: install from these wheels (scripts/carry-wheels), not from an index.")
+]
+RemotePython = Annotated[str | None, typer.Option(help="With --on: the Python to use there, 3.11 or newer.")]
+RemoteClean = Annotated[
+    Literal["nothing", "files", "all"],
+    typer.Option(help="With --on: what to remove there afterwards: nothing, the files, or the environment too."),
+]
+Ssh = Annotated[str, typer.Option("--ssh", help="With --on: the ssh to use, with options, such as `ssh -p 2222`.")]
+Yes = Annotated[bool, typer.Option("--yes", help="With --on: compile llama.cpp there, if need be, without asking.")]
 Compute = Annotated[Literal["cuda", "cpu"] | None, typer.Option(help="Where the game runs; CUDA when there is one.")]
 
 
@@ -373,19 +388,39 @@ def validate(
     kv_type: KvType = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also save the report here.")] = None,
     as_json: Json = False,
+    on: On = None,
+    wheels: Wheels = None,
+    remote_python: RemotePython = None,
+    remote_clean: RemoteClean = "nothing",
+    ssh: Ssh = "ssh",
+    yes: Yes = False,
 ) -> None:
     """Load a GGUF in llama.cpp, measure it, and check it against a device. Exit code 0 only if all checks hold.
 
     Example: `impq-edge validate llama.gguf --device raspberry-pi-5 --reference llama-f16.gguf`
-    """
-    from impq_edge.devices.profile import load_device
-    from impq_edge.validation.validate import validate as run
 
+    Example: `impq-edge validate llama.gguf --device raspberry-pi-5 --on pi@raspberrypi.local --wheels wheels-aarch64`
+    """
+    if on is None and (wheels or remote_python or remote_clean != "nothing" or yes):
+        raise ValidationError(
+            "--wheels, --remote-python, --remote-clean and --yes are for another machine; name it with --on."
+        )
+    options: dict[str, Any] = {"windows": windows, "context_tokens": context, "kv_type": kv_type}
     with console.progress() as advance:
-        report = run(
-            file, device=load_device(device) if device else None, text=text, reference=reference, windows=windows,
-            context_tokens=context, kv_type=kv_type, progress=advance,
-        )  # fmt: skip
+        if on is None:
+            from impq_edge.devices.profile import load_device
+            from impq_edge.validation.validate import validate as run
+
+            profile = load_device(device) if device else None
+            report = run(file, device=profile, text=text, reference=reference, progress=advance, **options)
+        else:
+            from impq_edge.validation.remote.run import validate_on
+
+            report = validate_on(
+                on, file, device=device, text=text, reference=reference, options=options, wheels=wheels,
+                python=remote_python, ssh=ssh, clean=remote_clean, agree=lambda question: yes or _confirmed(question),
+                say=console.say, progress=advance,
+            )  # fmt: skip
     if out is not None:
         report.save(out)
     if as_json:
@@ -501,6 +536,11 @@ def main() -> None:
             raise
         console.fail(f"{error.name} is not installed, which this command needs; pip install 'impq-edge[workstation]'.")
         sys.exit(EXIT_BAD_INPUT)
+
+
+def _confirmed(question: str) -> bool:
+    """Ask a person, where there is one."""
+    return sys.stdin.isatty() and typer.confirm(question, err=True)
 
 
 def _show_validation(report: "ValidationReport") -> None:

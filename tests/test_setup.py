@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -94,6 +95,23 @@ def test_with_venv_needs_a_command_and_explains_itself() -> None:
     assert told.returncode == 0
     for word in ("IMPQ_EXTRAS", "PYTHON", "PIP_EXTRA_INDEX_URL", "CMAKE_ARGS"):
         assert word in told.stdout
+
+
+@pytest.mark.parametrize("name", ["carry-wheels", "validate_on_device.sh"])
+def test_scripts_for_a_device_explain_themselves(name: str) -> None:
+    assert run(SCRIPTS / name).returncode == 2
+    told = run(SCRIPTS / name, "--help")
+    assert told.returncode == 0
+    assert "aarch64" in told.stdout and "--on" in told.stdout
+
+
+def test_wheels_for_a_machine_that_nothing_here_compiles_for(tmp_path: Path) -> None:
+    done = run(SCRIPTS / "carry-wheels", "riscv64", tmp_path, PYTHON=sys.executable)
+    assert done.returncode == 1
+    assert "no compiler here for riscv64; build llama-cpp-python on such a machine" in done.stderr
+    assert not list(tmp_path.iterdir())
+    for wrong in (("--python", "2.7"), ("--glibc", "musl")):
+        assert "is no version" in run(SCRIPTS / "carry-wheels", *wrong, "aarch64", tmp_path).stderr
 
 
 @pytest.fixture
