@@ -24,6 +24,7 @@ from impq_edge.errors import (
     ImpqError,
     SensitivityError,
 )
+from impq_edge.ggml import cache
 
 if TYPE_CHECKING:
     from impq_edge.devices.profile import DeviceProfile
@@ -110,7 +111,7 @@ Tokens = Annotated[int, typer.Option(min=1, help="Calibration tokens per evaluat
 Calibration = Annotated[Path | None, typer.Option(help="Calibration text, UTF-8; a short one ships.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the draws.")]
 Context = Annotated[int | None, typer.Option(min=1, help="Tokens the KV cache must hold; the device's default.")]
-KvType = Annotated[Literal["f16", "q8_0"] | None, typer.Option(help="Type of the KV cache; the device's default.")]
+KvType = Annotated[cache.KvType | None, typer.Option(help="Type of the KV cache; the device's default.")]
 Budget = Annotated[str | None, typer.Option(help="Largest file, such as `900MiB`.")]
 AverageBits = Annotated[str | None, typer.Option(help="Highest nominal bits of the blocks on average, 2 to 4.")]
 Alpha = Annotated[float, typer.Option(help="Damping of interactions: 0 none, 1 drops them; the paper: 0.5.")]
