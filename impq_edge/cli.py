@@ -191,10 +191,11 @@ def devices(context: typer.Context, as_json: Json = False) -> None:
         console.show_json({"devices": [device.to_json() for device in found]})
         return
     rows = [
-        [d.name, d.title, _mib(d.memory_bytes), _mib(d.system_reserve_bytes), str(d.context_tokens), d.kv_type]
+        [d.name, d.title, _mib(d.memory_bytes), _mib(d.system_reserve_bytes), _gpu(d), str(d.context_tokens), d.kv_type]
         for d in found
     ]
-    console.show_table("Devices", ["name", "device", "memory, MiB", "reserve, MiB", "context", "KV"], rows)
+    columns = ["name", "device", "memory, MiB", "reserve, MiB", "GPU, MiB", "context", "KV"]
+    console.show_table("Devices", columns, rows)
 
 
 @devices_app.command("show", epilog=_EPILOG)
@@ -604,6 +605,13 @@ def _show_ladder(made: "LadderProfile", shown: dict[str, Any], as_json: bool) ->
 
 def _perplexity(report: "ValidationReport") -> str:
     return "not finite" if report.perplexity is None else f"{report.perplexity:.3f}"
+
+
+def _gpu(device: "DeviceProfile") -> str:
+    """Return the memory of a GPU that llama.cpp is to use."""
+    if not device.gpu_layers:
+        return "–"
+    return _mib(device.gpu_memory_bytes) if device.gpu_memory_bytes else "shared"
 
 
 def _device_rows(device: "DeviceProfile") -> list[list[str]]:

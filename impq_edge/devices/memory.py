@@ -153,7 +153,7 @@ def memory_plan(
     """
     plan = _plan_without_weights(spec.hyperparameters, device, context_tokens, kv_type, outputs)
     where = offload(spec.hyperparameters, device)
-    gone = sum(_tensor_bytes(t, types) for t in spec.tensors if where.apart and not where.used_by_cpu(t))
+    gone = sum(_tensor_bytes(t, types) for t in spec.tensors if where.leaves(t))
     copies = resident_bytes(spec, types, device) - (data_bytes(spec, types) - gone)
     return dataclasses.replace(
         plan,
@@ -203,7 +203,8 @@ def resident_bytes(spec: ModelSpec, types: TensorTypes, device: DeviceProfile) -
     With mmap, the file's pages and the repacked copy are both counted. Those pages can be evicted, but until
     then the memory is taken. Without it a tensor is read straight into its repacked form, and only a tied
     embedding, needed in both forms, is held twice. On a GPU nothing is repacked. Where it shares main memory a tied
-    embedding is held twice as well, for the CPU looks it up; where it does not, only what the CPU needs is counted.
+    embedding is held twice as well, for the CPU looks it up; where it does not, the GPU's tensors are not counted here,
+    but with mmap they are unless all blocks are the GPU's (:meth:`Offload.leaves`).
     """
     where, tied = offload(spec.hyperparameters, device), spec.hyperparameters.tied_embeddings
     total = 0
@@ -211,8 +212,8 @@ def resident_bytes(spec: ModelSpec, types: TensorTypes, device: DeviceProfile) -
         by_cpu, by_gpu = where.used_by_cpu(tensor), where.used_by_gpu(tensor, tied)
         multiplied = tensor.role in ("matrix", "head") or (tensor.role == "embedding" and tied and not by_gpu)
         repacked = by_cpu and multiplied and is_repacked(types[tensor.gguf_name], tensor.shape[0], device)
-        copies = by_cpu + (repacked and (device.mmap or tensor.role == "embedding")) + (by_gpu and not where.apart)
-        total += copies * _tensor_bytes(tensor, types)
+        copies = (repacked and (device.mmap or tensor.role == "embedding")) + (by_gpu and by_cpu and not where.apart)
+        total += (1 - where.leaves(tensor) + copies) * _tensor_bytes(tensor, types)
     return total
 
 
@@ -369,7 +370,7 @@ def _gpu_parts(device: DeviceProfile, where: Offload, caches_bytes: int, compute
     return {
         "gpu_layers": where.layers,
         "gpu_memory_bytes": device.gpu_memory_bytes,
-        "gpu_reserve_bytes": device.gpu_reserve_bytes,
+        "gpu_reserve_bytes": device.gpu_reserve_bytes or 0,
         "gpu_kv_cache_bytes": caches_bytes,
         "gpu_compute_bytes": compute_bytes,
     }

@@ -22,9 +22,6 @@ runs the model (41 MiB of it after importing numpy and llama_cpp), and 31 MiB of
 parent process that waits for it.
 """
 
-GPU_RESERVE_BYTES = 512 * 2**20
-"""GPU memory for the driver's context and its kernels. Assumed."""
-
 ISA_FEATURES = {"aarch64": {"dotprod", "i8mm"}, "x86-64": {"avx2", "avx512"}}
 """The instruction sets llama.cpp's repacking depends on; ``isa`` is written ``"aarch64+dotprod"``."""
 
@@ -92,7 +89,7 @@ class DeviceProfile(Record):
     gpu: str | None = None  # what it is; None: there is none, or none that is used
     gpu_layers: CountOrNone = 0  # llama.cpp's n_gpu_layers: the last ones, the head first; 999: all, whatever the model
     gpu_memory_bytes: Bytes | None = None  # its own; None: it shares main memory, as on Jetson and Apple
-    gpu_reserve_bytes: Bytes = GPU_RESERVE_BYTES  # driver, kernels and, on a graphics card, the desktop
+    gpu_reserve_bytes: Bytes | None = None  # driver, kernels and, in its own memory, the desktop
     identify: Identity | None = None
     notes: str = ""
     sources: dict[str, str] = dataclasses.field(default_factory=dict)  # field → where its number comes from
@@ -106,11 +103,11 @@ class DeviceProfile(Record):
             (self.system_reserve_bytes + self.python_process_bytes >= self.memory_bytes,
              "system_reserve_bytes and python_process_bytes leave nothing of memory_bytes"),
             (is_quantised(self.kv_type) and not self.flash_attention, f"kv_type {self.kv_type} needs flash_attention"),
-            (self.gpu is None and self.gpu_layers > 0,
-             f"gpu_layers {self.gpu_layers} needs a GPU; say in gpu which one it is, or set gpu_layers to 0"),
-            (self.gpu is None and self.gpu_memory_bytes is not None,
-             "gpu_memory_bytes needs a GPU; say in gpu which one it is, or leave it out"),
-            (self.gpu_memory_bytes is not None and self.gpu_reserve_bytes >= self.gpu_memory_bytes,
+            (self.gpu_layers > 0 and (self.gpu is None or self.gpu_reserve_bytes is None),
+             f"gpu_layers {self.gpu_layers} needs gpu, which one it is, and gpu_reserve_bytes, what its driver takes"),
+            (self.gpu is None and (self.gpu_memory_bytes or self.gpu_reserve_bytes) is not None,
+             "gpu_memory_bytes and gpu_reserve_bytes need gpu, which one it is"),
+            (self.gpu_memory_bytes is not None and (self.gpu_reserve_bytes or 0) >= self.gpu_memory_bytes,
              "gpu_reserve_bytes leave nothing of gpu_memory_bytes"),
             (not known_isa, f"isa {self.isa!r} is not one of {_known_isas()}"),
             (bool(unknown := self.sources.keys() - {field.name for field in dataclasses.fields(self)}),

@@ -24,7 +24,8 @@ from impq_edge.validation.settings import RunSettings
 
 Tokens = NDArray[np.int32]
 
-_KV_TYPES = {name: getattr(api, f"GGML_TYPE_{name.upper()}") for name in get_args(KvType)}
+_BF16 = 30  # GGML_TYPE_BF16 in ggml/include/ggml.h, which llama_cpp does not name
+_KV_TYPES = {t: _BF16 if t == "bf16" else getattr(api, f"GGML_TYPE_{t.upper()}") for t in get_args(KvType)}
 _LOG_LINES = 2_000  # a 100-block model logs a few hundred while loading
 _LOG_DEBUG, _LOG_ERROR, _LOG_CONTINUED = 1, 4, 5  # ggml_log_level
 _log: collections.deque[tuple[int, str]] = collections.deque(maxlen=_LOG_LINES)
