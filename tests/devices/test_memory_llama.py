@@ -63,7 +63,10 @@ def test_the_weights_and_their_copies_are_what_llama_cpp_holds(
     spec = read_model(demo)
     case = compare.Case(512, mmap=mmap, use_extra_bufts=use_extra_bufts)
     found = compare.row(spec, compare.types_of(spec), case, compare.allocate(demo_gguf, case.device()))
-    assert_exact([found])
+    if mmap and use_extra_bufts:  # what is repacked at an end of the file is not mapped: a few tensors too many
+        assert 1 <= found.ratios["weights"] < 1.002
+    else:
+        assert_exact([found])
 
 
 @pytest.mark.parametrize(("heads", "tied"), [(9, True), (9, False)])
@@ -111,8 +114,10 @@ def test_the_trained_models(
 
 @pytest.mark.parametrize(("kv_type", "mmap", "extra"), [("f16", True, False), ("q8_0", False, True)])
 def test_a_real_run_stays_under_the_prediction(
-    compare: ModuleType, demo: Path, demo_gguf: Path, kv_type: str, mmap: bool, extra: bool
-) -> None:
+    compare: ModuleType, demo: Path, demo_gguf: Path, kv_type: str, mmap: bool, extra: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # beside other tests, threads that spin wait for each other
     case = compare.Case(1024, kv_type=kv_type, mmap=mmap, use_extra_bufts=extra)
     found = compare.peak(read_model(demo), demo_gguf, case)
     assert found["filled_tokens"] == 1024
