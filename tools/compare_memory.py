@@ -67,7 +67,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Published shapes: blocks, hidden size, feed-forward size, heads, KV heads (config.json of each model)."""
 
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "rms_epsilon": 1e-5, "rope_theta": 500000.0, "rope_scaling": None, "attention_bias": False, "sliding_window": None,
     "attention_softcap": None, "final_softcap": None,
 }  # fmt: skip
@@ -168,7 +168,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 def compare_shape(name: str, folder: Path, options: argparse.Namespace) -> list[Row]:
     """Compare a published shape with llama.cpp's simulation of it."""
-    spec = shape_spec(name, HyperParameters(**{**_COMMON, **SHAPES[name]}))
+    spec = shape_spec(name, HyperParameters(**{**COMMON, **SHAPES[name]}))
     types = tensor_types(spec, [TensorType.Q4_K] * spec.n_blocks, TensorType.Q6_K)
     path = write_hollow(folder / f"{name}.gguf", spec, types)
     rows = [
