@@ -149,7 +149,8 @@ def memory_plan(
     Raises
     ------
     DeviceError
-        When the context is not positive, or the cache type is unknown or needs flash attention.
+        When the context is not positive, or the cache type is unknown, needs flash attention, or blocks that do not
+        divide the heads.
     """
     plan = _plan_without_weights(spec.hyperparameters, device, context_tokens, kv_type, outputs)
     where = offload(spec.hyperparameters, device)
@@ -316,8 +317,15 @@ def largest_gpu_layers(
 ) -> int:
     """Return the most layers that a GPU's own memory holds, whether or not main memory holds the rest.
 
-    At most all blocks and the head. Arguments as for :func:`memory_plan`.
+    At most all blocks and the head, as where it shares main memory. Arguments as for :func:`memory_plan`.
+
+    Raises
+    ------
+    DeviceError
+        As :func:`memory_plan`, and when the profile does not say enough of a GPU.
     """
+    if device.gpu is None or device.gpu_reserve_bytes is None:
+        raise DeviceError(f"{device.name} names no gpu with its gpu_reserve_bytes; add both to a copy of its TOML.")
     low, high = 0, spec.n_blocks + 1
     while low < high:
         middle = (low + high + 1) // 2

@@ -163,3 +163,13 @@ def test_both_memories_must_hold_their_part(
     crowded = dataclasses.replace(device, memory_bytes=GIB, gpu_layers=5)
     with pytest.raises(DeviceError, match=r"of memory .* has 1,024 MiB"):
         require_fit(spec, types, size, crowded)
+
+
+def test_a_device_without_a_gpu_has_no_number_of_layers(
+    published: dict[str, ModelSpec], make_device: MakeDevice, uniform: Uniform
+) -> None:
+    spec = published["qwen3-4b"]
+    types = uniform(spec, TensorType.Q4_K)
+    with pytest.raises(DeviceError, match="board names no gpu with its gpu_reserve_bytes"):
+        largest_gpu_layers(spec, types, data_bytes(spec, types), make_device())
+    assert largest_gpu_layers(spec, types, data_bytes(spec, types), make_device(**SHARED)) == spec.n_blocks + 1
