@@ -25,6 +25,7 @@ from impq_edge.errors import (
     SensitivityError,
     ValidationError,
 )
+from impq_edge.ggml import cache
 
 if TYPE_CHECKING:
     from impq_edge.devices.profile import DeviceProfile
@@ -111,7 +112,7 @@ Tokens = Annotated[int, typer.Option(min=1, help="Calibration tokens per evaluat
 Calibration = Annotated[Path | None, typer.Option(help="Calibration text, UTF-8; a short one ships.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of the draws.")]
 Context = Annotated[int | None, typer.Option(min=1, help="Tokens the KV cache must hold; the device's default.")]
-KvType = Annotated[Literal["f16", "q8_0"] | None, typer.Option(help="Type of the KV cache; the device's default.")]
+KvType = Annotated[cache.KvType | None, typer.Option(help="Type of the KV cache; the device's default.")]
 Budget = Annotated[str | None, typer.Option(help="Largest file, such as `900MiB`.")]
 AverageBits = Annotated[str | None, typer.Option(help="Highest nominal bits of the blocks on average, 2 to 4.")]
 Alpha = Annotated[float, typer.Option(help="Damping of interactions: 0 none, 1 drops them; the paper: 0.5.")]
@@ -205,10 +206,11 @@ def devices(context: typer.Context, as_json: Json = False) -> None:
         console.show_json({"devices": [device.to_json() for device in found]})
         return
     rows = [
-        [d.name, d.title, _mib(d.memory_bytes), _mib(d.system_reserve_bytes), str(d.context_tokens), d.kv_type]
+        [d.name, d.title, _mib(d.memory_bytes), _mib(d.system_reserve_bytes), _gpu(d), str(d.context_tokens), d.kv_type]
         for d in found
     ]
-    console.show_table("Devices", ["name", "device", "memory, MiB", "reserve, MiB", "context", "KV"], rows)
+    columns = ["name", "device", "memory, MiB", "reserve, MiB", "GPU, MiB", "context", "KV"]
+    console.show_table("Devices", columns, rows)
 
 
 @devices_app.command("show", epilog=_EPILOG)
@@ -643,6 +645,13 @@ def _show_ladder(made: "LadderProfile", shown: dict[str, Any], as_json: bool) ->
 
 def _perplexity(report: "ValidationReport") -> str:
     return "not finite" if report.perplexity is None else f"{report.perplexity:.3f}"
+
+
+def _gpu(device: "DeviceProfile") -> str:
+    """Return the memory of a GPU that llama.cpp is to use."""
+    if not device.gpu_layers:
+        return "–"
+    return _mib(device.gpu_memory_bytes) if device.gpu_memory_bytes else "shared"
 
 
 def _device_rows(device: "DeviceProfile") -> list[list[str]]:

@@ -35,7 +35,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         numeric = all(_looks_numeric(row[index]) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left")
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")  # names stay whole
     for row in rows:
         table.add_row(*(escape(cell) for cell in row))
     _out.print(table)

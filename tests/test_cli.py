@@ -27,7 +27,9 @@ def test_devices() -> None:
     assert names >= {
         "raspberry-pi-5", "raspberry-pi-5-4gb", "raspberry-pi-5-16gb", "raspberry-pi-4-4gb", "raspberry-pi-zero-2w",
         "jetson-orin-nano-8gb", "rock-5b-8gb", "android-8gb", "mini-pc-n100-8gb", "laptop-16gb",
+        "laptop-16gb-rtx4050",
     }  # fmt: skip
+    assert "shared" in table.stdout and "6,144" in table.stdout  # memory of GPUs
     assert table.returncode == 0 and all(name in table.stdout for name in names)
     shown = run("devices", "show", "raspberry-pi-5")
     assert "17.1" in shown.stdout or "17100000000" in shown.stdout

@@ -12,7 +12,7 @@ import dataclasses
 from impq_edge.model.config import HyperParameters
 
 _ALIGNMENT_BYTES = 32  # TENSOR_ALIGNMENT in ggml/src/ggml-impl.h
-_F32_BYTES, _I32_BYTES, _I64_BYTES = 4, 4, 8
+_F32_BYTES, _F16_BYTES, _I32_BYTES, _I64_BYTES = 4, 2, 4, 8
 _ROTATION_UNIT = 64  # heads of a multiple of this are rotated before a quantised cache (llama-kv-cache.cpp)
 
 
@@ -26,6 +26,7 @@ class GraphShape:
     window_cells: int  # KV cells of a sliding block
     flash_attention: bool
     quantised_cache: bool
+    wide_cache: bool = False  # F32, which flash attention reads through copies in F16
 
 
 def compute_buffer_bytes(hyper: HyperParameters, shape: GraphShape) -> int:
@@ -196,7 +197,7 @@ def _cache_inputs(
         v_rotation=graph.input(_ROTATION_UNIT**2 * _F32_BYTES) if rotated else None,
         k_cells=graph.input(shape.batch * _I64_BYTES),
         v_cells=graph.input(shape.batch * v_indices * _I64_BYTES),
-        mask=graph.input(cells * shape.batch * (2 if shape.flash_attention else _F32_BYTES)),
+        mask=graph.input(cells * shape.batch * (_F16_BYTES if shape.flash_attention else _F32_BYTES)),
         cells=cells,
     )
 
@@ -246,7 +247,9 @@ def _attention(
 
 def _mixed_values(graph: _Graph, hyper: HyperParameters, shape: GraphShape, q: _Tensor, cache: _CacheInputs) -> _Tensor:
     if shape.flash_attention:
-        return graph.op(q.size_bytes, q, cache.mask)
+        copies_bytes = cache.cells * hyper.n_kv_heads * hyper.head_dim * _F16_BYTES
+        copies = [graph.op(copies_bytes) for _ in "KV"] if shape.wide_cache else []
+        return graph.op(q.size_bytes, q, *copies, cache.mask)
     scores_bytes = shape.batch * hyper.n_heads * cache.cells * _F32_BYTES
     scores = graph.op(scores_bytes, q)
     scores = graph.op(scores_bytes, scores, cache.mask, in_place=True)

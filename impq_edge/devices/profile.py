@@ -5,15 +5,14 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import pydantic
 
 from impq_edge.data import data_path
 from impq_edge.errors import DeviceError, RecordError
+from impq_edge.ggml.cache import KvType, is_quantised
 from impq_edge.records import STRICT, Record, load_toml, parse
-
-KvType = Literal["f16", "q8_0"]
 
 PYTHON_PROCESS_BYTES = 80 * 2**20
 """Python and llama.cpp apart from the model's own buffers, rounded up.
@@ -31,7 +30,7 @@ _SIZE = re.compile(r"(\d{1,9}(?:\.\d{1,6})?) ?(KiB|MiB|GiB)")
 _NAME = r"^[a-z0-9][a-z0-9.-]{0,63}$"  # it becomes part of file names
 _SOURCED = ("memory_bytes", "system_reserve_bytes", "python_process_bytes", "cores", "memory_bandwidth_bytes_per_s",
             "generation_bandwidth_bytes_per_s", "min_generation_tok_per_s", "min_prompt_tok_per_s",
-            "max_file_bytes")  # fmt: skip
+            "max_file_bytes", "gpu_memory_bytes", "gpu_reserve_bytes")  # fmt: skip
 _MEMORY_TOLERANCE = 0.15  # firmware and kernel versions move MemTotal; the sizes a board is sold in differ by 2
 
 
@@ -46,6 +45,7 @@ def _size(value: object) -> object:
 
 Bytes = Annotated[int, pydantic.BeforeValidator(_size), pydantic.Field(strict=True, gt=0, lt=2**50)]
 Count = Annotated[int, pydantic.Field(strict=True, gt=0, le=2**24)]
+CountOrNone = Annotated[int, pydantic.Field(strict=True, ge=0, le=2**24)]
 Rate = Annotated[float, pydantic.Field(strict=True, gt=0, lt=1e15)]
 Flag = Annotated[bool, pydantic.Field(strict=True)]
 
@@ -62,7 +62,7 @@ class Identity:
 
 @dataclasses.dataclass(frozen=True)
 class DeviceProfile(Record):
-    """An edge device and how llama.cpp runs on it, on the CPU alone."""
+    """An edge device and how llama.cpp runs on it: on the CPU, or with the last ``gpu_layers`` on its GPU."""
 
     SCHEMA: ClassVar[str] = "impq-edge.device/1"
 
@@ -86,6 +86,10 @@ class DeviceProfile(Record):
     min_generation_tok_per_s: Rate | None = None  # what a file must achieve; None: not asked for
     min_prompt_tok_per_s: Rate | None = None
     max_file_bytes: Bytes | None = None
+    gpu: str | None = None  # what it is; None: there is none, or none that is used
+    gpu_layers: CountOrNone = 0  # llama.cpp's n_gpu_layers: the last ones, the head first; 999: all, whatever the model
+    gpu_memory_bytes: Bytes | None = None  # its own; None: it shares main memory, as on Jetson and Apple
+    gpu_reserve_bytes: Bytes | None = None  # driver, kernels and, in its own memory, the desktop
     identify: Identity | None = None
     notes: str = ""
     sources: dict[str, str] = dataclasses.field(default_factory=dict)  # field → where its number comes from
@@ -98,7 +102,13 @@ class DeviceProfile(Record):
             (self.ubatch_tokens > self.batch_tokens, f"ubatch_tokens exceed batch_tokens {self.batch_tokens}"),
             (self.system_reserve_bytes + self.python_process_bytes >= self.memory_bytes,
              "system_reserve_bytes and python_process_bytes leave nothing of memory_bytes"),
-            (self.kv_type != "f16" and not self.flash_attention, f"kv_type {self.kv_type} needs flash_attention"),
+            (is_quantised(self.kv_type) and not self.flash_attention, f"kv_type {self.kv_type} needs flash_attention"),
+            (self.gpu_layers > 0 and (self.gpu is None or self.gpu_reserve_bytes is None),
+             f"gpu_layers {self.gpu_layers} needs gpu, which one it is, and gpu_reserve_bytes, what its driver takes"),
+            (self.gpu is None and (self.gpu_memory_bytes or self.gpu_reserve_bytes) is not None,
+             "gpu_memory_bytes and gpu_reserve_bytes need gpu, which one it is"),
+            (self.gpu_memory_bytes is not None and (self.gpu_reserve_bytes or 0) >= self.gpu_memory_bytes,
+             "gpu_reserve_bytes leave nothing of gpu_memory_bytes"),
             (not known_isa, f"isa {self.isa!r} is not one of {_known_isas()}"),
             (bool(unknown := self.sources.keys() - {field.name for field in dataclasses.fields(self)}),
              f"sources names no field: {', '.join(sorted(unknown))}"),

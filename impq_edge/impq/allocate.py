@@ -8,9 +8,15 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from impq_edge.devices.memory import resident_bytes, weight_budget_bytes
-from impq_edge.devices.profile import DeviceProfile, KvType
+from impq_edge.devices.memory import (
+    gpu_resident_bytes,
+    gpu_weight_budget_bytes,
+    resident_bytes,
+    weight_budget_bytes,
+)
+from impq_edge.devices.profile import DeviceProfile
 from impq_edge.errors import AllocationError
+from impq_edge.ggml.cache import KvType
 from impq_edge.ggml.types import LADDER, TensorType
 from impq_edge.impq.allocation import PUBLISHED_TYPES, Allocation, are_types, average_bits, listed
 from impq_edge.impq.problem import Choice, Constraint, Problem, ladder_objective, published_objective
@@ -233,6 +239,9 @@ class _Sizes:
         self._device_bytes = weight_budget_bytes(
             spec.hyperparameters, request.device, context_tokens=request.context_tokens, kv_type=request.kv_type
         )
+        self._gpu_bytes = gpu_weight_budget_bytes(  # None: no layers lie in a memory of the GPU's own
+            spec.hyperparameters, request.device, context_tokens=request.context_tokens, kv_type=request.kv_type
+        )
 
     def bits(self, choice: Choice) -> tuple[int, ...]:
         return tuple(self.request.types[kind] for kind in choice)
@@ -244,6 +253,9 @@ class _Sizes:
         """Return every budget of the request, less what everything at the lowest type takes."""
         left = self._device_bytes - self._resident_bytes(self._lowest)
         found = [Constraint("device memory", "bytes", self._costs(self._resident), left)]
+        if self._gpu_bytes is not None:
+            left = self._gpu_bytes - self._gpu_resident(self.spec, self.types(self.bits(self._lowest)))
+            found.append(Constraint("GPU memory", "bytes", self._costs(self._gpu_resident), left))
         if self._file_limit_bytes is not None:
             left = self._file_limit_bytes - self._file_bytes(self._lowest)
             found.append(Constraint("file budget", "bytes", self._costs(data_bytes), left))
@@ -289,6 +301,14 @@ class _Sizes:
                 f"--average-bits {float(request.average_bits):g} is too few for {name} on {request.device.name}, where "
                 f"fewer bits can take more memory; ask for {enough:.6f} or more."
             )
+        if constraint.name == "GPU memory":
+            held = self._gpu_resident(self.spec, self.types(self.bits(smallest)))
+            return (
+                f"{request.device.name} leaves {max(0, self._gpu_bytes or 0)} bytes of GPU memory for the weights of "
+                f"{name} at a context of {request.context_tokens} tokens, but {what} takes {held} there with "
+                f"gpu_layers at {request.device.gpu_layers}; lower gpu_layers in a copy of the device's TOML, or use a "
+                "shorter --context."
+            )
         return (
             f"{request.device.name} leaves {max(0, self._device_bytes)} bytes for the weights of {name} at a "
             f"context of {request.context_tokens} tokens, but {what} takes {self._resident_bytes(smallest)}; "
@@ -296,10 +316,16 @@ class _Sizes:
         )
 
     def file_budget_bytes(self, types: dict[str, TensorType]) -> int:
-        """Return the largest file the device and --budget allow, given these types' repacked copies."""
-        repacked = self._resident(self.spec, types) - data_bytes(self.spec, types)
-        allowed = self._device_bytes - repacked
-        return allowed if self._file_limit_bytes is None else min(allowed, self._file_limit_bytes)
+        """Return the largest file the device and --budget allow, given these types' copies and where they lie."""
+        data = data_bytes(self.spec, types)
+        allowed = [self._device_bytes + data - self._resident(self.spec, types), self._file_limit_bytes]
+        if self._gpu_bytes is not None:
+            held = self._gpu_resident(self.spec, types)
+            allowed.append(self._gpu_bytes + self.header_bytes + data - held)
+        return min(limit for limit in allowed if limit is not None)
+
+    def _gpu_resident(self, spec: ModelSpec, types: TensorTypes) -> int:
+        return gpu_resident_bytes(spec, types, self.request.device)
 
     def _resident(self, spec: ModelSpec, types: TensorTypes) -> int:
         return resident_bytes(spec, types, self.request.device)

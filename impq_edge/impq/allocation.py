@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
-from impq_edge.devices.profile import KvType
 from impq_edge.errors import AllocationError
+from impq_edge.ggml.cache import KvType
 from impq_edge.ggml.types import BLOCK_TYPES, LADDER, TensorType
 from impq_edge.impq.problem import Choice, Problem
 from impq_edge.model.players import Player, PlayerKind, players_of

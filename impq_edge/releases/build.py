@@ -17,8 +17,9 @@ from impq_edge.conversion.artifact import Artifact
 from impq_edge.conversion.encoder import EncodeOptions
 from impq_edge.data import data_path
 from impq_edge.devices.memory import MemoryPlan, memory_plan
-from impq_edge.devices.profile import DeviceProfile, KvType, load_device
+from impq_edge.devices.profile import DeviceProfile, load_device
 from impq_edge.errors import RecordError, ValidationError
+from impq_edge.ggml.cache import KvType
 from impq_edge.ggml.types import BLOCK_TYPES
 from impq_edge.impq.allocate import Request
 from impq_edge.impq.allocation import Allocation

@@ -170,7 +170,8 @@ def _memory(c: Comparison) -> str:
         "| part | MiB |",
         "|---|---:|",
     ]
-    lines += [f"| {name} | {size / _MIB:,.1f} |" for name, size in c.plan.parts().items()]
+    parts = c.plan.parts() | {f"on the GPU: {name}": size for name, size in c.plan.gpu_parts().items()}
+    lines += [f"| {name} | {size / _MIB:,.1f} |" for name, size in parts.items()]
     return "\n".join(lines)
 
 

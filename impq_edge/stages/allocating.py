@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from impq_edge.conversion.layout import header_bytes
-from impq_edge.devices.profile import DeviceProfile, KvType, load_device
+from impq_edge.devices.profile import DeviceProfile, load_device
 from impq_edge.errors import AllocationError
+from impq_edge.ggml.cache import KvType
 from impq_edge.ggml.types import TensorType
 from impq_edge.impq.allocate import Request, allocate_blocks, allocate_ladder, require_feasible
 from impq_edge.impq.allocation import PUBLISHED_TYPES, Allocation

@@ -12,23 +12,20 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 from llama_cpp import llama_cpp as api
 from numpy.typing import NDArray
 
 from impq_edge.errors import ValidationError
+from impq_edge.ggml.cache import KvType
 from impq_edge.validation.settings import RunSettings
 
 Tokens = NDArray[np.int32]
 
-_KV_TYPES = {
-    "f32": api.GGML_TYPE_F32,
-    "f16": api.GGML_TYPE_F16,
-    "q8_0": api.GGML_TYPE_Q8_0,
-    "q4_0": api.GGML_TYPE_Q4_0,
-}
+_BF16 = 30  # GGML_TYPE_BF16 in ggml/include/ggml.h, which llama_cpp does not name
+_KV_TYPES = {t: _BF16 if t == "bf16" else getattr(api, f"GGML_TYPE_{t.upper()}") for t in get_args(KvType)}
 _LOG_LINES = 2_000  # a 100-block model logs a few hundred while loading
 _LOG_DEBUG, _LOG_ERROR, _LOG_CONTINUED = 1, 4, 5  # ggml_log_level
 _log: collections.deque[tuple[int, str]] = collections.deque(maxlen=_LOG_LINES)

@@ -1,12 +1,12 @@
 """How a model is run: the numbers that decide llama.cpp's memory, speed and arithmetic."""
 
 import dataclasses
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar
+
+from impq_edge.ggml.cache import KvType
 
 if TYPE_CHECKING:
     import pydantic
-
-KvType = Literal["f32", "f16", "q8_0", "q4_0"]
 
 
 @dataclasses.dataclass(frozen=True)

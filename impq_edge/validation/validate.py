@@ -9,13 +9,14 @@ from typing import get_args
 from impq_edge.data import data_path
 from impq_edge.devices.profile import DeviceProfile, is_this_machine
 from impq_edge.errors import ValidationError
+from impq_edge.ggml.cache import KvType
 from impq_edge.records import read_text, sha256_file, sha256_files, sha256_json
 from impq_edge.validation.checks import check_all, check_divergence
 from impq_edge.validation.file import FileFacts, read_facts
 from impq_edge.validation.process import Progress, run_child
 from impq_edge.validation.report import Check, ValidationReport
 from impq_edge.validation.results import Build, Divergence, Run, Score
-from impq_edge.validation.settings import KvType, RunSettings
+from impq_edge.validation.settings import RunSettings
 
 DEFAULT_WINDOWS = 24
 DEFAULT_CONTEXT_TOKENS = 2048  # without a device; less where the model was trained for less

@@ -1,7 +1,11 @@
-"""Published shapes of models, and a device to vary."""
+"""Published shapes of models, a device to vary, and the tool that asks llama.cpp."""
 
 import dataclasses
+import importlib
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -31,6 +35,13 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "attention_softcap": 50.0, "final_softcap": 30.0,
     },
 }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def compare() -> ModuleType:
+    """The tool as a module: tools are scripts, in no package, and import each other from where they lie."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+    return importlib.import_module("compare_memory")
 
 
 @pytest.fixture(scope="session")

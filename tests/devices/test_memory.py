@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -20,6 +20,7 @@ from impq_edge.devices.memory import (
 )
 from impq_edge.devices.profile import DeviceProfile
 from impq_edge.errors import DeviceError
+from impq_edge.ggml.cache import KvType
 from impq_edge.ggml.types import TensorType
 from impq_edge.model.recipe import TensorTypes, data_bytes, tensor_types
 from impq_edge.model.spec import ModelSpec
@@ -127,6 +128,47 @@ def test_the_budget_is_what_a_plan_leaves(
     assert parse(MemoryPlan, dataclasses.asdict(plan), Path("plan")) == plan
 
 
+def test_heads_that_are_no_whole_blocks_hold_no_quantised_cache(
+    published: dict[str, ModelSpec], make_device: MakeDevice
+) -> None:
+    hyper = dataclasses.replace(published["llama-3.1-8b"].hyperparameters, head_dim=80)
+    assert weight_budget_bytes(hyper, make_device(), kv_type="bf16") > 0
+    with pytest.raises(DeviceError, match="do not divide this model's heads of 80; use f16"):
+        weight_budget_bytes(hyper, make_device(), kv_type="q8_0")
+
+
+@pytest.mark.parametrize("kv_type", get_args(KvType))
+def test_every_cache_type_takes_its_bits(
+    published: dict[str, ModelSpec], make_device: MakeDevice, kv_type: KvType
+) -> None:
+    bits = {
+        "f32": 32,
+        "f16": 16,
+        "bf16": 16,
+        "q8_0": 8.5,
+        "q5_1": 6,
+        "q5_0": 5.5,
+        "q4_1": 5,
+        "q4_0": 4.5,
+        "iq4_nl": 4.5,
+    }
+    hyper = published["llama-3.1-8b"].hyperparameters
+    assert kv_cache_bytes(hyper, make_device(), 8192, kv_type) == GIB * bits[kv_type] / 16
+
+
+def test_matrices_in_floats_need_a_larger_work_buffer(
+    published: dict[str, ModelSpec], make_device: MakeDevice, uniform: Uniform
+) -> None:
+    """A token's activations are multiplied with F16 in F16, and with K-quants in 292 bytes for 256."""
+    spec, device = published["llama-3.1-8b"], make_device()
+    plans = {
+        kind: memory_plan(spec, types := uniform(spec, kind), data_bytes(spec, types), device)
+        for kind in (TensorType.Q4_K, TensorType.Q8_0, TensorType.F16)
+    }
+    assert plans[TensorType.Q4_K].work_bytes == plans[TensorType.Q8_0].work_bytes == 512 * 14336 // 256 * 292
+    assert plans[TensorType.F16].work_bytes == 512 * 14336 * 2
+
+
 def test_a_budget_shrinks_with_context_and_grows_with_a_smaller_cache(
     published: dict[str, ModelSpec], make_device: MakeDevice
 ) -> None:
@@ -190,8 +232,9 @@ def test_the_largest_context_is_never_more_than_the_model_was_made_for(
     [
         ({}, {"context_tokens": 0}, "context of 0 tokens"),
         ({}, {"context_tokens": -5}, "context of -5 tokens"),
-        ({}, {"kv_type": "q4_0"}, "'q4_0' is not one of f16, q8_0"),
+        ({}, {"kv_type": "q3_k"}, "'q3_k' is not one of f32, f16, bf16, q8_0"),
         ({"flash_attention": False}, {"kv_type": "q8_0"}, "needs flash attention"),
+        ({"flash_attention": False}, {"kv_type": "iq4_nl"}, "needs flash attention"),
     ],
 )
 def test_impossible_requests_are_refused(

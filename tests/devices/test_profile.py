@@ -79,7 +79,13 @@ def test_a_profile_survives_being_saved(tmp_path: Path) -> None:
         ({"isa": '"riscv64"'}, "isa 'riscv64'"),
         ({"isa": '"aarch64+avx2"'}, "aarch64+avx2"),
         ({"name": '"../up"'}, "name"),
-        ({"kv_type": '"q4_0"'}, "kv_type"),
+        ({"kv_type": '"q3_k"'}, "kv_type"),
+        ({"kv_type": '"iq4_nl"', "flash_attention": "false"}, "needs flash_attention"),
+        ({"gpu_layers": "5"}, "gpu_layers 5 needs gpu"),
+        ({"gpu_layers": "5", "gpu": '"G"'}, "needs gpu, which one it is, and gpu_reserve_bytes"),
+        ({"gpu_layers": "-1"}, "gpu_layers"),
+        ({"gpu_memory_bytes": '"4 GiB"'}, "gpu_memory_bytes and gpu_reserve_bytes need gpu"),
+        ({"gpu": '"G"', "gpu_memory_bytes": '"1 GiB"', "gpu_reserve_bytes": '"1 GiB"'}, "leave nothing of gpu_memory"),
         ({"kv_type": '"q8_0"', "flash_attention": "false"}, "needs flash_attention"),
         ({"ubatch_tokens": "1024"}, "ubatch_tokens exceed"),
         ({"context_tokens": "0"}, "context_tokens"),
@@ -97,6 +103,14 @@ def test_a_hostile_file_is_refused_in_one_sentence(
         load_device(write(tmp_path, **changes))
     message = str(caught.value)
     assert complaint in message and "mine.toml" in message and "\n" not in message
+
+
+def test_a_gpu_shares_memory_unless_it_has_its_own(tmp_path: Path) -> None:
+    gpu = {"gpu": '"A GPU"', "gpu_layers": "999", "gpu_reserve_bytes": '"256 MiB"'}
+    assert load_device(write(tmp_path, **gpu)).gpu_memory_bytes is None
+    assert load_device(write(tmp_path, **gpu, gpu_memory_bytes='"6 GiB"')).gpu_memory_bytes == 6 * 2**30
+    assert load_device("jetson-orin-nano-8gb").gpu_memory_bytes is None
+    assert load_device("laptop-16gb-rtx4050").gpu_memory_bytes == 6 * 2**30
 
 
 def test_a_name_that_is_none_is_told_the_nearest() -> None:

@@ -9,7 +9,13 @@ from checkpoints import make_checkpoint
 
 from impq_edge.conversion.layout import header_bytes
 from impq_edge.conversion.tokenizer import read_tokenizer
-from impq_edge.devices.memory import memory_plan, resident_bytes, weight_budget_bytes
+from impq_edge.devices.memory import (
+    gpu_resident_bytes,
+    gpu_weight_budget_bytes,
+    memory_plan,
+    resident_bytes,
+    weight_budget_bytes,
+)
 from impq_edge.devices.profile import DeviceProfile, load_device
 from impq_edge.errors import AllocationError
 from impq_edge.ggml.types import LADDER, TensorType
@@ -99,6 +105,62 @@ def test_repacked_copies_count_against_memory(spec: ModelSpec, sizes: tuple[int,
         made = allocate(spec, dataclasses.replace(repacking, memory_bytes=memory))
         assert made.player_bits == bits
         assert made.problem.constraints[0].costs == ((0, one_more),) * 3
+
+
+def with_gpu(spec: ModelSpec, layers: int, main_bytes: int, gpu_bytes: int) -> DeviceProfile:
+    """A device whose main memory and whose GPU's memory leave exactly that much for weights."""
+    device = dataclasses.replace(
+        device_with(main_bytes, spec), gpu="A GPU", gpu_layers=layers, gpu_memory_bytes=1 << 34,
+        gpu_reserve_bytes=1 << 20, mmap=False,
+    )  # fmt: skip
+    left = weight_budget_bytes(spec.hyperparameters, device, context_tokens=512, kv_type="f16")
+    of_gpu = gpu_weight_budget_bytes(spec.hyperparameters, device, context_tokens=512, kv_type="f16")
+    assert of_gpu is not None
+    return dataclasses.replace(
+        device,
+        memory_bytes=device.memory_bytes - left + main_bytes,
+        gpu_memory_bytes=(1 << 34) - of_gpu + gpu_bytes,
+    )
+
+
+def test_a_gpu_is_a_second_budget_for_its_blocks_alone(spec: ModelSpec, sizes: tuple[int, int]) -> None:
+    """Of three blocks the last two are the GPU's, with the head, which is the embedding once more."""
+    step = (sizes[1] - sizes[0]) // 3
+    two_bits = tensor_types(spec, [TensorType.Q2_K] * 3, TensorType.Q6_K)
+    device = with_gpu(spec, 3, 1 << 30, 1 << 30)
+    main, gpu = HEADER_BYTES + resident_bytes(spec, two_bits, device), gpu_resident_bytes(spec, two_bits, device)
+    for in_main, on_gpu, bits in (
+        (0, 0, (2, 2, 2)), (1, 0, (4, 2, 2)), (0, 1, (2, 2, 4)), (1, 1, (4, 2, 4)), (0, 2, (2, 4, 4)),
+        (1, 2, (4, 4, 4)), (0, 9, (2, 4, 4)), (9, 0, (4, 2, 2)),
+    ):  # fmt: skip
+        device = with_gpu(spec, 3, main + in_main * step, gpu + on_gpu * step)
+        made = allocate(spec, device)
+        assert made.player_bits == bits, (in_main, on_gpu)
+        assert [constraint.name for constraint in made.problem.constraints] == ["device memory", "GPU memory"]
+        plan = memory_plan(
+            spec, made.tensor_types, made.predicted_file_bytes, device, context_tokens=512, kv_type="f16"
+        )
+        assert plan.fits and made.predicted_file_bytes <= made.budget_bytes
+        assert [one.budget - one.used(made.choice) for one in made.problem.constraints] == [
+            plan.free_bytes, plan.gpu_free_bytes,
+        ]  # fmt: skip
+    with pytest.raises(
+        AllocationError, match=f"of GPU memory .* takes {gpu} there with gpu_layers at 3; lower gpu_lay"
+    ):
+        allocate(spec, with_gpu(spec, 3, main, gpu - 1))
+    with pytest.raises(AllocationError, match=f"bytes for the weights .* takes {main};"):
+        allocate(spec, with_gpu(spec, 3, main - 1, gpu))
+
+
+def test_a_gpu_that_shares_memory_adds_no_budget(spec: ModelSpec, sizes: tuple[int, int]) -> None:
+    shared = dataclasses.replace(
+        device_with(sizes[1], spec), gpu="A GPU", gpu_layers=999, gpu_reserve_bytes=1 << 20, mmap=False
+    )
+    with pytest.raises(AllocationError, match="takes"):  # what the GPU needs besides is no longer there
+        allocate(spec, dataclasses.replace(shared, memory_bytes=shared.memory_bytes - (sizes[1] - sizes[0])))
+    roomy = dataclasses.replace(shared, memory_bytes=shared.memory_bytes + (1 << 30))
+    made = allocate(spec, roomy)
+    assert made.everything_fits and [one.name for one in made.problem.constraints] == ["device memory"]
 
 
 def test_every_limit_holds_at_once(spec: ModelSpec, sizes: tuple[int, int]) -> None:
@@ -300,6 +362,19 @@ def test_every_player_of_a_ladder_has_one_of_its_types(
     assert {name: kind for name, kind in made.tensor_types.items() if kind != TensorType.F32} == expected
     assert made.predicted_file_bytes == HEADER_BYTES + data_bytes(spec, made.tensor_types) <= made.budget_bytes
     assert made.lower_bound is not None and made.objective - made.lower_bound <= 1e-4 * made.objective
+
+
+@pytest.mark.parametrize("layers", [1, 2, 999])
+def test_what_a_ladder_costs_a_gpu(spec: ModelSpec, layers: int) -> None:
+    device = with_gpu(spec, layers, 1 << 30, 1 << 30)
+    made = ladder(spec, "tensors", device, average_bits=Fraction(3))
+    main, gpu, _ = made.problem.constraints
+    who = players_of(spec, "tensors", outer=True)
+    lowest = tensor_types(spec, [LADDER[2]] * len(who), None, "tensors")
+    choice = np.random.default_rng(1).integers(0, 6, size=len(who)).tolist()
+    types = tensor_types(spec, [LADDER[TYPES[kind]] for kind in choice], None, "tensors")
+    assert gpu.used(choice) == gpu_resident_bytes(spec, types, device) - gpu_resident_bytes(spec, lowest, device)
+    assert main.used(choice) == resident_bytes(spec, types, device) - resident_bytes(spec, lowest, device)
 
 
 @pytest.mark.parametrize("repacks", [False, True])

@@ -139,7 +139,7 @@ def test_progress_tells_every_stage(demo_gguf: Path) -> None:
         ({"windows": 0}, "windows is 0"),
         ({"repetitions": 0}, "repetitions is 0"),
         ({"threads": -1}, "threads is -1"),
-        ({"kv_type": "q5_9"}, "Cache type 'q5_9' is unknown; choose one of f32, f16, q8_0, q4_0"),
+        ({"kv_type": "q5_9"}, "Cache type 'q5_9' is unknown; choose one of f32, f16, bf16, q8_0"),
         ({"context_tokens": 8}, "context of 8 tokens holds no answer"),
         ({"timeout_s": 0.01}, "not done after 0.01 s"),
     ],
