@@ -8,7 +8,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -108,10 +108,9 @@ def read_model(
     """
     if not directory.is_dir():
         raise ModelError(f"{directory} is not a directory; pass a checkpoint directory or a hub id.")
-    config = _read_config(directory / "config.json")
+    config = read_config(directory / "config.json")
     hyperparameters = read_hyperparameters(config)
-    tensors = _inventory(directory, hyperparameters)
-    _check_inventory(tensors, hyperparameters, directory)
+    tensors = tensor_inventory(read_headers(directory), hyperparameters, str(directory))
     return ModelSpec(
         name=name or directory.resolve().name,
         hyperparameters=hyperparameters,
@@ -120,7 +119,8 @@ def read_model(
     )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a checkpoint, such as ``config.json``, with one sentence for every way this can fail."""
     if not path.exists():
         raise ModelError(f"{path.parent} has no config.json; pass a checkpoint directory laid out as on the hub.")
     try:
@@ -132,15 +132,44 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _inventory(directory: Path, hyperparameters: HyperParameters) -> tuple[TensorSpec, ...]:
+Headers = Mapping[str, Mapping[str, tuple[int, ...]]]
+"""File name of every shard → name of every tensor in it → its shape."""
+
+
+def read_headers(directory: Path) -> Headers:
+    """Read what a checkpoint's safetensors files hold, from their headers alone.
+
+    Raises
+    ------
+    ModelError
+        When a file is missing, truncated, a pickle, or holds tensors that are not of floats.
+    """
+    return {shard: _header(directory / shard) for shard in _shards(directory)}
+
+
+def tensor_inventory(headers: Headers, hyperparameters: HyperParameters, where: str) -> tuple[TensorSpec, ...]:
+    """Return the tensors of a checkpoint in the order of the file we write, checked against its configuration.
+
+    Parameters
+    ----------
+    headers
+        What its safetensors files hold.
+    where
+        What errors call it.
+
+    Raises
+    ------
+    ModelError
+        When tensors are missing, are none of the architecture's, or have other shapes than the configuration implies.
+    """
     names = get_tensor_name_map(
         {arch.name.lower(): arch for arch in MODEL_ARCH}[hyperparameters.architecture],
         hyperparameters.n_blocks,
     )
     tensors = [
         _tensor(name, shape, shard, names)
-        for shard in _shards(directory)
-        for name, shape in _headers(directory / shard).items()
+        for shard, header in headers.items()
+        for name, shape in header.items()
         if not name.endswith(".rotary_emb.inv_freq")  # a cache of rope, which GGUF derives itself
     ]
     if hyperparameters.rope_scaling:  # llama.cpp reads Llama-3's frequency factors from a tensor
@@ -148,12 +177,26 @@ def _inventory(directory: Path, hyperparameters: HyperParameters) -> tuple[Tenso
         tensors.append(TensorSpec(ROPE_FACTORS, ROPE_FACTORS, shape, "vector", None, None))
     if hyperparameters.tied_embeddings:  # some checkpoints store the tied head a second time
         tensors = [tensor for tensor in tensors if tensor.role != "head"]
-    # The order of the file we write. The embedding follows the blocks because a tied one is also the head, and what
-    # enters the head is known only when text has passed through all blocks.
+    _check_inventory(tensors, hyperparameters, where)
     return tuple(sorted(tensors, key=_file_order))
 
 
+def implied_inventory(hyperparameters: HyperParameters) -> tuple[TensorSpec, ...]:
+    """Return the tensors that a configuration implies, under their names in a GGUF, in the order of the file."""
+    found = [
+        TensorSpec(name, name, shape, _role(name, shape), _gguf_block(name), None)
+        for name, shape in hyperparameters.expected_shapes().items()
+    ]
+    return tuple(sorted(found, key=_file_order))
+
+
+def _gguf_block(name: str) -> int | None:
+    return int(name.split(".")[1]) if name.startswith("blk.") else None
+
+
 def _file_order(tensor: TensorSpec) -> tuple[int, int, str]:
+    # The embedding follows the blocks because a tied one is also the head, and what enters the head is known only
+    # when text has passed through all blocks.
     if tensor.block is not None:
         return (0, tensor.block, tensor.gguf_name)
     return (1, 0, tensor.gguf_name)
@@ -164,14 +207,15 @@ def _tensor(name: str, shape: tuple[int, ...], shard: str, names: TensorNameMap)
     if gguf_name is None:
         raise ModelError(f"Tensor {name!r} in {shard} has no place in a GGUF of this architecture; remove it first.")
     block = _BLOCK.match(name)
-    role: Role = "matrix"
+    return TensorSpec(name, gguf_name, shape, _role(gguf_name, shape), int(block[1]) if block else None, shard)
+
+
+def _role(gguf_name: str, shape: tuple[int, ...]) -> Role:
     if gguf_name == "token_embd.weight":
-        role = "embedding"
-    elif gguf_name == "output.weight":
-        role = "head"
-    elif len(shape) == 1:
-        role = "vector"
-    return TensorSpec(name, gguf_name, shape, role, int(block[1]) if block else None, shard)
+        return "embedding"
+    if gguf_name == "output.weight":
+        return "head"
+    return "vector" if len(shape) == 1 else "matrix"
 
 
 def _shards(directory: Path) -> list[str]:
@@ -180,7 +224,7 @@ def _shards(directory: Path) -> list[str]:
         return ["model.safetensors"]
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        weight_map = _read_config(index).get("weight_map")
+        weight_map = read_config(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise ModelError(f"{index} has no weight_map of file names; download the checkpoint again.")
         shards = sorted(set(weight_map.values()))
@@ -208,18 +252,14 @@ def _shards(directory: Path) -> list[str]:
     raise ModelError(f"{directory} has shards but no model.safetensors.index.json; download the checkpoint again.")
 
 
-def _headers(path: Path) -> dict[str, tuple[int, ...]]:
+def _header(path: Path) -> dict[str, tuple[int, ...]]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             for name, tensor in slices.items():
-                if tensor.get_dtype() not in _FLOAT_DTYPES:
-                    raise ModelError(
-                        f"Tensor {name!r} in {path} is {tensor.get_dtype()}, not one of {sorted(_FLOAT_DTYPES)}; "
-                        "start from an unquantised checkpoint."
-                    )
+                require_float(name, tensor.get_dtype(), str(path))
             return {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
     except (SafetensorError, OSError) as error:
         raise ModelError(
@@ -227,25 +267,34 @@ def _headers(path: Path) -> dict[str, tuple[int, ...]]:
         ) from None
 
 
-def _check_inventory(tensors: tuple[TensorSpec, ...], hyper: HyperParameters, directory: Path) -> None:
+def require_float(name: str, dtype: str, where: str) -> None:
+    """Refuse a tensor of a type that weights are not trained in; ``where`` is what the error calls its file."""
+    if dtype not in _FLOAT_DTYPES:
+        raise ModelError(
+            f"Tensor {name!r} in {where} is {dtype}, not one of {sorted(_FLOAT_DTYPES)}; "
+            "start from an unquantised checkpoint."
+        )
+
+
+def _check_inventory(tensors: Sequence[TensorSpec], hyper: HyperParameters, where: str) -> None:
     expected = hyper.expected_shapes()
     found = {tensor.gguf_name: tensor for tensor in tensors}
     missing = sorted(expected.keys() - found.keys())
     if missing:
         raise ModelError(
-            f"{directory} lacks {len(missing)} tensors its config.json asks for, {missing[0]} first; "
+            f"{where} lacks {len(missing)} tensors its config.json asks for, {missing[0]} first; "
             "download the checkpoint again."
         )
     surplus = sorted(found.keys() - expected.keys())
     if surplus:
         raise ModelError(
-            f"Tensor {found[surplus[0]].name!r} of {directory} is not part of a dense "
+            f"Tensor {found[surplus[0]].name!r} of {where} is not part of a dense "
             f"{hyper.architecture} model; this checkpoint cannot be converted."
         )
     for gguf_name, tensor in found.items():
         if tensor.shape != expected[gguf_name]:
             raise ModelError(
-                f"Tensor {tensor.name!r} of {directory} has shape {list(tensor.shape)}, but its config.json "
+                f"Tensor {tensor.name!r} of {where} has shape {list(tensor.shape)}, but its config.json "
                 f"implies {list(expected[gguf_name])}; the two do not belong together."
             )
 
