@@ -250,7 +250,7 @@ def plan(
     plans = [
         planning.plan(
             shapes, target, context_tokens=context, kv_type=kv_type, types=_types(types), outer_type=head_type,
-            **({} if one else {"mixes": ()}),
+            mixes=planning.SHOWN_MIXES if one else (),
         )
         for target in targets
     ]  # fmt: skip
@@ -549,6 +549,7 @@ def doctor(
 
 def main() -> None:
     """Run the command line and turn every expected failure into one sentence and an exit code."""
+    console.print_anything()
     try:
         app()
     except ImpqError as error:
@@ -563,8 +564,8 @@ def main() -> None:
 
 def _show_plan(made: "Plan", device: "DeviceProfile") -> None:
     console.show_line(
-        f"{made.model}, {made.weights / 1e9:.2f} billion weights, on {device.title}, {_gib(made.memory_bytes)} GiB, with "
-        f"a {made.kv_type} cache of {made.context_tokens:,} tokens:"
+        f"{made.model}, {made.weights / 1e9:.2f} billion weights, on {device.title}, {_gib(made.memory_bytes)} GiB, "
+        f"with {made.context_tokens:,} tokens of context in {made.kv_type}:"
     )
     if made.best:
         console.show_line(_summary(made.best))
@@ -581,7 +582,7 @@ def _show_plan(made: "Plan", device: "DeviceProfile") -> None:
     ours = sum(1 for v in made.variants if v.kind != "stock")
     console.show_table("What it takes", list(columns), list(zip(*columns.values(), strict=True)), {ours - 1})
     bars = [
-        console.Bar(v.name, _bar_parts(v.memory.parts()), f"{_gib(abs(v.free_bytes))} {'free' if v.fits else 'over'}")
+        console.Bar(v.name, _bar_parts(v.memory.parts()), f"{_gib(abs(v.free_bytes))} {_verdict(v)}")
         for v in made.variants
     ]
     limit = console.Limit(made.memory_bytes, f"{_gib(made.memory_bytes)} GiB", "the device's memory", "free")
@@ -591,11 +592,17 @@ def _show_plan(made: "Plan", device: "DeviceProfile") -> None:
 
 
 def _summary(best: "Variant") -> str:
+    what = f"All blocks at {best.name}" if best.kind == "uniform" else f"A {best.name}"
     speed = best.speeds.generation
-    return (
-        f"{best.name} fits, with {_gib(best.free_bytes)} GiB to spare or a context of {best.largest_context_tokens:,} tokens"
-        + (f", at about {_speed(speed.likely_tok_per_s)} tokens/s." if speed else ".")
-    )
+    about = f", about {_speed(speed.likely_tok_per_s)} tokens/s" if speed else ""
+    spare = f"{_gib(best.free_bytes)} GiB" if best.free_bytes >= 2**27 else f"{_mib(best.free_bytes)} MiB"
+    return f"{what}: {spare} to spare, at most {best.largest_context_tokens:,} tokens of context{about}."
+
+
+def _verdict(variant: "Variant") -> str:
+    if variant.free_bytes < 0:
+        return "over"
+    return "free" if variant.fits else "free, file too large"
 
 
 def _bar_parts(parts: dict[str, int]) -> dict[str, float]:

@@ -1,7 +1,9 @@
 """What people see: tables on stdout, everything else on stderr. The only file that knows rich."""
 
+import codecs
 import contextlib
 import dataclasses
+import io
 import json
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -16,10 +18,24 @@ from rich.text import Text
 _SIGNS = ("╱▪▒░█▓▚", "·", "│")  # of parts, of what is left, of the limit
 _PLAIN_SIGNS = ("/o=-#%&", ".", "|")
 _COLOURS = ("yellow", "magenta", "cyan", "blue", "green", "red", "white")
+_PLAIN_LETTERS = {"–": "-", "−": "-", "…": "...", "±": "+-", "×": "x", "·": ".", "│": "|", "─": "-", "φ": "phi"}
 _MIN_BAR, _MAX_BAR = 16, 64  # cells
 
 _out = Console(highlight=False, soft_wrap=True)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def print_anything() -> None:
+    """Write letters that the streams' encoding lacks as the nearest plain ones, instead of failing at them."""
+    codecs.register_error("plain", _plainly)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="plain")
+
+
+def _plainly(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(_PLAIN_LETTERS.get(letter, "?") for letter in error.object[error.start : error.end]), error.end
 
 
 def say(sentence: str) -> None:
@@ -102,9 +118,7 @@ def show_bars(title: str, bars: Sequence[Bar], limit: Limit) -> None:
         _out.print(row)
 
 
-def _drawn(
-    parts: Mapping[str, float], kinds: Mapping[str, tuple[str, str]], scale: float
-) -> list[tuple[str, str]]:
+def _drawn(parts: Mapping[str, float], kinds: Mapping[str, tuple[str, str]], scale: float) -> list[tuple[str, str]]:
     """Return a sign and a colour for every cell of a bar; ends are rounded where they lie, so that sums stay right."""
     cells: list[tuple[str, str]] = []
     end = 0.0

@@ -109,16 +109,20 @@ def headers(repository: str, revision: str | None) -> tuple[Path, dict[str, dict
 
 @contextlib.contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    from huggingface_hub import utils
+    from huggingface_hub.utils import (  # type: ignore[attr-defined, unused-ignore]
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
-    shown = not utils.are_progress_bars_disabled()
+    shown = not are_progress_bars_disabled()
     if shown:
-        utils.disable_progress_bars()
+        disable_progress_bars()
     try:
         yield
     finally:
         if shown:
-            utils.enable_progress_bars()
+            enable_progress_bars()
 
 
 def _ask(repository: str, revision: str | None, advance: Callable[[int], None], **options: Any) -> Any:

@@ -59,7 +59,7 @@ def _type(tensor: TensorSpec, mix: str, hyper: HyperParameters) -> TensorType:
     base = STOCK_MIXES[mix]
     if tensor.role == "vector":
         return TensorType.F32
-    if base == TensorType.F16:
+    if mix == "F16":
         return base
     wanted = base
     if tensor.role == "head" or (tensor.role == "embedding" and hyper.tied_embeddings):

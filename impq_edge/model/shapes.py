@@ -126,15 +126,15 @@ def _from_hub(model: str, revision: str | None) -> Shapes:
         )
     if not hub.is_repository_name(model):
         raise ModelError(f"{model!r} is neither a directory, a hub id, nor a model whose shapes ship. {ships}")
+    cached = hub.cached(model, revision)
     try:
         path, found = hub.headers(model, revision)
     except ModelError as error:
-        cached = hub.cached(model, revision)
         if cached is None:
             raise ModelError(f"{error} {ships}") from error
-        return dataclasses.replace(
-            _from_directory(cached), origin=f"{model} in the hub's cache alone (no answer from the hub)"
-        )
+        kept = _from_directory(cached)
+        spec = dataclasses.replace(kept.spec, name=_base_name(model))
+        return dataclasses.replace(kept, spec=spec, origin=f"{model} in the hub's cache (no answer from the hub)")
     hyper = read_hyperparameters(read_config(path))
     headers: dict[str, dict[str, tuple[int, ...]]] = {}
     for shard, tensors in found.items():

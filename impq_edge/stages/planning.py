@@ -5,6 +5,7 @@ Nothing is downloaded but shapes and nothing is measured: bytes are those of :mo
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
@@ -31,6 +32,11 @@ SHOWN_MIXES = ("Q2_K", "Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
 """The stock mixes a plan is compared with unless others are asked for."""
 
 _TYPES = (2, 4)
+_BASES = {
+    "formats": "what each block format was measured at on the device",
+    "bandwidth": "the bandwidth measured on the device",
+    "peak bandwidth": "the memory's theoretical bandwidth, of which devices reach very different shares",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,9 +209,9 @@ class _Planner:
         All blocks are of one size, so that bytes do not depend on which they are.
         """
         blocks = self._spec.n_blocks
-        for low, high in reversed(list(zip(widths, widths[1:], strict=False))):
+        for low, high in reversed(list(itertools.pairwise(widths))):
             for promoted in range(blocks, -1, -1):
-                types = self.types([high] * promoted + [low], outer) if promoted < blocks else self.types([high], outer)
+                types = self.types(([high] * promoted + [low])[:blocks], outer)
                 if not self._holds(types):
                     continue
                 if promoted in {0, blocks}:
@@ -249,9 +255,8 @@ class _Planner:
     def _smallest_device_for(self, variant: Variant) -> str | None:
         """Return the shipped device with the least memory that holds the file at this context."""
         devices = sorted(map(load_device, device_names()), key=lambda device: device.memory_bytes)
-        context = variant.memory.context_tokens
+        context, types = variant.memory.context_tokens, self.types([_TYPES[0]], TensorType.Q6_K)
         for device in devices:
-            types = self.types([_TYPES[0]], TensorType.Q6_K)
             found = memory_plan(self._spec, types, variant.file_bytes, device, context_tokens=context)
             if found.free_bytes >= 0:
                 return device.name
@@ -259,12 +264,11 @@ class _Planner:
 
     def _largest_model(self) -> str | None:
         """Return the largest of the models whose shapes ship that this device holds at 2 bit."""
-        held = []
-        for shapes in map(find_shapes, shipped_names()):
+        for shapes in sorted(map(find_shapes, shipped_names()), key=lambda shapes: -shapes.spec.weights):
             planner = _Planner(shapes, self._device, self._context, self._kv_type)
             if planner._holds(planner.types([_TYPES[0]], TensorType.Q6_K)):
-                held.append(shapes.spec)
-        return max(held, key=lambda spec: spec.weights).name if held else None
+                return shapes.spec.name
+        return None
 
     def _fits_with(self, kv_type: KvType, variant: Variant) -> bool:
         hyper, device = self._spec.hyperparameters, self._device
@@ -286,13 +290,17 @@ def _notes(
             f"A context of {context:,} tokens is more than the {spec.hyperparameters.context:,} that {spec.name} was "
             "made for."
         )
-    if widths == _TYPES and variants[1].fits:
-        notes.append("Everything fits at 4 bit; --types 2,3,4,5,6,8 tells how much wider it could be.")
+    if widths == _TYPES and any(v.fits and v.average_bits == _TYPES[-1] for v in variants):
+        notes.append(
+            f"{device.name} holds all blocks at 4 bit; --types 2,3,4,5,6,8 tells how much wider they could be."
+        )
     wanted = device.min_generation_tok_per_s
     slow = [
         v.name for v in variants
         if v.fits and wanted and v.speeds.generation and v.speeds.generation.likely_tok_per_s < wanted
     ]  # fmt: skip
+    basis = variants[0].speeds.basis
+    notes.append(f"Speeds are those of an empty context, predicted from {_BASES.get(basis, basis)}.")
     if slow:
         notes.append(f"Likely slower than the {wanted:g} tokens/s that {device.name} asks for: {', '.join(slow)}.")
     return notes
