@@ -243,7 +243,8 @@ def plan(
     from impq_edge.model.shapes import find_shapes
     from impq_edge.stages import planning
 
-    targets = [load_device(name) for asked in device for name in (device_names() if asked == "all" else [asked])]
+    asked = [name for given in device for name in (device_names() if given == "all" else [given])]
+    targets = [load_device(name) for name in dict.fromkeys(asked)]
     shapes = find_shapes(model, revision)
     console.say(f"Model: {shapes.origin}.")
     one = len(targets) == 1
@@ -569,6 +570,9 @@ def _show_plan(made: "Plan", device: "DeviceProfile") -> None:
     )
     if made.best:
         console.show_line(_summary(made.best))
+    elif made.fits:
+        fitting = ", ".join(v.name for v in made.variants if v.fits)
+        console.show_line(f"All blocks at {made.variants[0].name} do not fit; {fitting} would.")
     wide = console.width() >= _WIDE_TABLE
     columns = {"variant": [v.name for v in made.variants], "file\nGiB": [_gib(v.file_bytes) for v in made.variants]}
     if wide:
@@ -623,10 +627,10 @@ def _show_plans(plans: "Sequence[Plan]") -> None:
         "fits": [made.best.name if made.best else "nothing" for made in plans],
         "free\nGiB": [_gib(v.free_bytes) for v in shown],
         "largest\ncontext": [_context(v) for v in shown],
-        "generates\ntokens/s": [_rate(v.speeds.generation, wide) for v in shown],
+        "generates\ntokens/s": [_rate(v.speeds.generation if v.fits else None, wide) for v in shown],
     }
     if any(v.speeds.prompt for v in shown):
-        columns["reads\ntokens/s"] = [_rate(v.speeds.prompt, wide) for v in shown]
+        columns["reads\ntokens/s"] = [_rate(v.speeds.prompt if v.fits else None, wide) for v in shown]
     title = f"{plans[0].model}: the most bits that fit"
     console.show_table(title, list(columns), list(zip(*columns.values(), strict=True)))
     for note in dict.fromkeys(note for made in plans for note in made.notes):
@@ -649,7 +653,8 @@ def _speed(tok_per_s: float) -> str:
 
 
 def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.2f}"
+    size = size_bytes / 2**30
+    return f"{size:.2f}" if abs(size) >= 0.005 or not size else f"{size:.4f}"
 
 
 def _show_validation(report: "ValidationReport") -> None:
