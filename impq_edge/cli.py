@@ -654,7 +654,7 @@ def _speed(tok_per_s: float) -> str:
 
 def _gib(size_bytes: int) -> str:
     size = size_bytes / 2**30
-    return f"{size:.2f}" if abs(size) >= 0.005 or not size else f"{size:.4f}"
+    return f"{size:.2f}" if abs(size) >= 0.005 or not size else f"{size:.3f}"
 
 
 def _show_validation(report: "ValidationReport") -> None:

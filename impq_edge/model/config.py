@@ -17,7 +17,6 @@ _ARCHITECTURES: dict[str, Architecture] = {
 }
 _ACTIVATIONS = {"llama": {"silu"}, "qwen3": {"silu"}, "gemma2": {"gelu_pytorch_tanh"}}
 _GEMMA2_27B_BLOCKS = 46  # the block count by which llama.cpp's gemma2.cpp recognises the 27B's attention scale
-_MAX_BLOCKS = 512  # LLAMA_MAX_LAYERS in llama.cpp's src/llama-hparams.h
 _SLIDING_PERIOD = 2  # Gemma-2: every other block, the first one sliding (llama.cpp's load_swa_pattern)
 
 
@@ -196,11 +195,6 @@ def _refuse_what_gguf_cannot_say(config: dict[str, Any], hyper: HyperParameters)
         raise ModelError(
             f"config.json: activation {activation!r} is not what llama.cpp computes for {hyper.architecture} "
             f"({', '.join(_ACTIVATIONS[hyper.architecture])}); this model cannot be converted."
-        )
-    if hyper.n_blocks > _MAX_BLOCKS:
-        raise ModelError(
-            f"config.json: num_hidden_layers is {hyper.n_blocks}, and llama.cpp runs at most {_MAX_BLOCKS}; "
-            "download the checkpoint again."
         )
     if hyper.n_heads % hyper.n_kv_heads:
         raise ModelError(

@@ -25,7 +25,7 @@ Role = Literal["embedding", "head", "matrix", "vector"]
 ROPE_FACTORS = "rope_freqs.weight"
 """GGUF name of the derived tensor that holds Llama-3's rope scaling."""
 
-_BLOCK = re.compile(r"^model\.layers\.(\d+)\.")
+_GGUF_BLOCK = re.compile(r"^blk\.(\d{1,6})\.")
 _FLOAT_DTYPES = {"F32", "F16", "BF16"}
 _CONTENT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
                   "special_tokens_map.json", "chat_template.jinja")  # fmt: skip
@@ -84,6 +84,17 @@ class ModelSpec(Record):
     def block_matrices(self, block: int) -> tuple[TensorSpec, ...]:
         """Return the matrices of one block: what a player of the game puts at 2 or 4 bit."""
         return tuple(t for t in self.tensors if t.block == block and t.role == "matrix")
+
+
+def tensor_named(gguf_name: str, shape: tuple[int, ...]) -> TensorSpec:
+    """Return a tensor known by its name in a GGUF alone, of a model that has no checkpoint here."""
+    role: Role = "vector" if len(shape) == 1 else "matrix"
+    if gguf_name == "token_embd.weight":
+        role = "embedding"
+    elif gguf_name == "output.weight":
+        role = "head"
+    block = _GGUF_BLOCK.match(gguf_name)
+    return TensorSpec(gguf_name, gguf_name, shape, role, int(block[1]) if block else None, None)
 
 
 def read_model(
@@ -183,15 +194,8 @@ def tensor_inventory(headers: Headers, hyperparameters: HyperParameters, where: 
 
 def implied_inventory(hyperparameters: HyperParameters) -> tuple[TensorSpec, ...]:
     """Return the tensors that a configuration implies, under their names in a GGUF, in the order of the file."""
-    found = [
-        TensorSpec(name, name, shape, _role(name, shape), _gguf_block(name), None)
-        for name, shape in hyperparameters.expected_shapes().items()
-    ]
+    found = [tensor_named(name, shape) for name, shape in hyperparameters.expected_shapes().items()]
     return tuple(sorted(found, key=_file_order))
-
-
-def _gguf_block(name: str) -> int | None:
-    return int(name.split(".")[1]) if name.startswith("blk.") else None
 
 
 def _file_order(tensor: TensorSpec) -> tuple[int, int, str]:
@@ -206,16 +210,7 @@ def _tensor(name: str, shape: tuple[int, ...], shard: str, names: TensorNameMap)
     gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
     if gguf_name is None:
         raise ModelError(f"Tensor {name!r} in {shard} has no place in a GGUF of this architecture; remove it first.")
-    block = _BLOCK.match(name)
-    return TensorSpec(name, gguf_name, shape, _role(gguf_name, shape), int(block[1]) if block else None, shard)
-
-
-def _role(gguf_name: str, shape: tuple[int, ...]) -> Role:
-    if gguf_name == "token_embd.weight":
-        return "embedding"
-    if gguf_name == "output.weight":
-        return "head"
-    return "vector" if len(shape) == 1 else "matrix"
+    return dataclasses.replace(tensor_named(gguf_name, shape), name=name, shard=shard)
 
 
 def _shards(directory: Path) -> list[str]:
@@ -276,25 +271,25 @@ def require_float(name: str, dtype: str, where: str) -> None:
         )
 
 
-def _check_inventory(tensors: Sequence[TensorSpec], hyper: HyperParameters, where: str) -> None:
+def _check_inventory(tensors: Sequence[TensorSpec], hyper: HyperParameters, directory: str) -> None:
     expected = hyper.expected_shapes()
     found = {tensor.gguf_name: tensor for tensor in tensors}
     missing = sorted(expected.keys() - found.keys())
     if missing:
         raise ModelError(
-            f"{where} lacks {len(missing)} tensors its config.json asks for, {missing[0]} first; "
+            f"{directory} lacks {len(missing)} tensors its config.json asks for, {missing[0]} first; "
             "download the checkpoint again."
         )
     surplus = sorted(found.keys() - expected.keys())
     if surplus:
         raise ModelError(
-            f"Tensor {found[surplus[0]].name!r} of {where} is not part of a dense "
+            f"Tensor {found[surplus[0]].name!r} of {directory} is not part of a dense "
             f"{hyper.architecture} model; this checkpoint cannot be converted."
         )
     for gguf_name, tensor in found.items():
         if tensor.shape != expected[gguf_name]:
             raise ModelError(
-                f"Tensor {tensor.name!r} of {where} has shape {list(tensor.shape)}, but its config.json "
+                f"Tensor {tensor.name!r} of {directory} has shape {list(tensor.shape)}, but its config.json "
                 f"implies {list(expected[gguf_name])}; the two do not belong together."
             )
 

@@ -6,7 +6,7 @@ Nothing is downloaded but shapes and nothing is measured: bytes are those of :mo
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
 import pydantic
@@ -17,8 +17,6 @@ from impq_edge.devices.memory import (
     MemoryPlan,
     largest_context_tokens,
     memory_plan,
-    resident_bytes,
-    weight_budget_bytes,
 )
 from impq_edge.devices.profile import DeviceProfile, KvType, device_names, load_device
 from impq_edge.errors import AllocationError
@@ -131,9 +129,9 @@ def plan(
     shapes = find_shapes(model, revision) if isinstance(model, str) else model
     target = load_device(device) if isinstance(device, str) else device
     widths, outer = _checked(types, outer_type)
-    planner = _Planner(shapes, target, context_tokens, kv_type)
-    uniform = [planner.variant(f"{bits} bit", "uniform", bits, planner.types([bits], outer)) for bits in widths]
-    mix = planner.mix(widths, outer)
+    planner = _Planner(shapes, target, context_tokens, kv_type, outer)
+    uniform = [planner.variant(f"{bits} bit", "uniform", bits, planner.types([bits])) for bits in widths]
+    mix = planner.mix(widths)
     stock = [planner.variant(name, "stock", None, stock_types(shapes.spec, name)) for name in mixes]
     ours = sorted([*uniform, *([mix] if mix else [])], key=lambda variant: variant.average_bits or 0)
     variants = (*ours, *stock)
@@ -168,27 +166,36 @@ def _needed(variant: Variant) -> int:
     return variant.memory.total_bytes
 
 
+def _fits(memory: MemoryPlan) -> bool:
+    return memory.free_bytes >= 0
+
+
 class _Planner:
     """A model on a device in one setting."""
 
-    def __init__(self, shapes: Shapes, device: DeviceProfile, context: int | None, kv_type: KvType | None) -> None:
-        self._spec, self._device = shapes.spec, device
+    def __init__(
+        self,
+        shapes: Shapes,
+        device: DeviceProfile,
+        context: int | None,
+        kv_type: KvType | None,
+        outer: TensorType = TensorType.Q6_K,
+    ) -> None:
+        self._spec, self._device, self._outer = shapes.spec, device, outer
         self._context, self._kv_type = context, kv_type
         self.header_bytes = estimated_header_bytes(shapes.spec, shapes.vocabulary)
 
-    def types(self, block_bits: Sequence[int], outer: TensorType) -> dict[str, TensorType]:
+    def types(self, block_bits: Sequence[int]) -> dict[str, TensorType]:
         """Return the tensors' types with blocks at these widths, the last of them for all blocks that are left."""
         bits = [*block_bits, *[block_bits[-1]] * (self._spec.n_blocks - len(block_bits))]
-        return tensor_types(self._spec, [LADDER[width] for width in bits], outer)
+        return tensor_types(self._spec, [LADDER[width] for width in bits], self._outer)
 
     def variant(
         self, name: str, kind: Literal["uniform", "mix", "stock"], average_bits: float | None, types: TensorTypes
     ) -> Variant:
         spec, device = self._spec, self._device
         file_bytes = self.header_bytes + data_bytes(spec, types)
-        memory = memory_plan(
-            spec, types, file_bytes, device, context_tokens=self._context, kv_type=self._kv_type
-        )  # fmt: skip
+        memory = self._memory(types, file_bytes, self._kv_type)
         allowed = device.max_file_bytes is None or file_bytes <= device.max_file_bytes
         return Variant(
             name=name,
@@ -198,42 +205,54 @@ class _Planner:
             bits_per_weight=8 * file_bytes / spec.weights,
             memory=memory,
             free_bytes=memory.free_bytes,
-            fits=memory.free_bytes >= 0 and allowed,
+            fits=_fits(memory) and allowed,
             largest_context_tokens=largest_context_tokens(spec, types, file_bytes, device, kv_type=self._kv_type),
             speeds=predict_speeds(spec, types, device, kv_type=self._kv_type),
         )
 
-    def mix(self, widths: tuple[int, ...], outer: TensorType) -> Variant | None:
-        """Return the mix of the most bits that fits: k blocks one width up; None where a uniform file is as good.
+    def mix(self, widths: tuple[int, ...]) -> Variant | None:
+        """Return the mix of the most bits that fits: some blocks one width up; None where a uniform file is as good.
 
-        All blocks are of one size, so that bytes do not depend on which they are.
+        All blocks are of one size, so that their number decides; but the last ones may lie in another memory than the
+        first, so that both ends are filled.
         """
-        blocks = self._spec.n_blocks
-        for low, high in reversed(list(itertools.pairwise(widths))):
-            for promoted in range(blocks, -1, -1):
-                types = self.types(([high] * promoted + [low])[:blocks], outer)
-                if not self._holds(types):
-                    continue
-                if promoted in {0, blocks}:
-                    return None
-                average = low + (high - low) * promoted / blocks
-                return self.variant(f"{average:.2f} bit mix", "mix", average, types)
-        return None
+        steps = [step for step in itertools.pairwise(widths) if self._holds(self.types([step[0]]))]
+        if not steps or self._holds(self.types([widths[-1]])):
+            return None
+        (low, high), blocks = steps[-1], self._spec.n_blocks
+
+        def mixed(first: int, last: int) -> TensorTypes:
+            return self.types([high] * first + [low] * (blocks - first - last) + [high] * last)
+
+        first = self._most(blocks, lambda number: mixed(number, 0))
+        last = self._most(blocks - first, lambda number: mixed(first, number))
+        if first + last == 0:
+            return None
+        average = low + (high - low) * (first + last) / blocks
+        return self.variant(f"{average:.2f} bit mix", "mix", average, mixed(first, last))
+
+    def _most(self, limit: int, types: Callable[[int], TensorTypes]) -> int:
+        """Return the largest number up to ``limit`` with which the types are held, which those with 0 are."""
+        low, high = 0, limit
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self._holds(types(middle)) else (low, middle - 1)
+        return low
 
     def _holds(self, types: TensorTypes) -> bool:
-        limit = self._device.max_file_bytes
-        if limit is not None and self.header_bytes + data_bytes(self._spec, types) > limit:
-            return False
-        budget = weight_budget_bytes(
-            self._spec.hyperparameters, self._device, context_tokens=self._context, kv_type=self._kv_type
-        )
-        return self.header_bytes + resident_bytes(self._spec, types, self._device) <= budget
+        file_bytes, limit = self.header_bytes + data_bytes(self._spec, types), self._device.max_file_bytes
+        return (limit is None or file_bytes <= limit) and _fits(self._memory(types, file_bytes, self._kv_type))
+
+    def _memory(self, types: TensorTypes, file_bytes: int, kv_type: KvType | None) -> MemoryPlan:
+        return memory_plan(
+            self._spec, types, file_bytes, self._device, context_tokens=self._context, kv_type=kv_type
+        )  # fmt: skip
 
     def remedy(self, smallest: Variant) -> str:
         """Say what is missing for the smallest file, and what would help."""
         device, memory = self._device, smallest.memory
         at = f"even at {smallest.name}" if smallest.kind == "uniform" else f"even as {smallest.name}"
-        if memory.free_bytes >= 0:
+        if _fits(memory):
             assert device.max_file_bytes is not None
             return (
                 f"{self._spec.name} takes {smallest.file_bytes} bytes {at}, and {device.name} allows "
@@ -255,10 +274,10 @@ class _Planner:
     def _smallest_device_for(self, variant: Variant) -> str | None:
         """Return the shipped device with the least memory that holds the file at this context."""
         devices = sorted(map(load_device, device_names()), key=lambda device: device.memory_bytes)
-        context, types = variant.memory.context_tokens, self.types([_TYPES[0]], TensorType.Q6_K)
+        context, types = variant.memory.context_tokens, self.types([_TYPES[0]])
         for device in devices:
             found = memory_plan(self._spec, types, variant.file_bytes, device, context_tokens=context)
-            if found.free_bytes >= 0:
+            if _fits(found):
                 return device.name
         return None
 
@@ -266,14 +285,14 @@ class _Planner:
         """Return the largest of the models whose shapes ship that this device holds at 2 bit."""
         for shapes in sorted(map(find_shapes, shipped_names()), key=lambda shapes: -shapes.spec.weights):
             planner = _Planner(shapes, self._device, self._context, self._kv_type)
-            if planner._holds(planner.types([_TYPES[0]], TensorType.Q6_K)):
+            if planner._holds(planner.types([_TYPES[0]])):
                 return shapes.spec.name
         return None
 
     def _fits_with(self, kv_type: KvType, variant: Variant) -> bool:
-        hyper, device = self._spec.hyperparameters, self._device
-        budget = weight_budget_bytes(hyper, device, context_tokens=self._context, kv_type=kv_type)
-        return variant.memory.weights_bytes + variant.memory.repack_bytes <= budget
+        bits = variant.average_bits
+        types = stock_types(self._spec, variant.name) if bits is None else self.types([int(bits)])
+        return _fits(self._memory(types, variant.file_bytes, kv_type))
 
 
 def _notes(
