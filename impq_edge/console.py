@@ -96,8 +96,7 @@ def show_bars(title: str, bars: Sequence[Bar], limit: Limit) -> None:
     Every part has its own sign, so that nothing depends on colour; letters where the encoding lacks blocks.
     """
     signs, left, mark = _SIGNS if _can_print(_SIGNS) else _PLAIN_SIGNS
-    shown = [name for name in bars[0].parts if any(bar.parts[name] for bar in bars)]
-    kinds = {name: (signs[i % len(signs)], _COLOURS[i % len(_COLOURS)]) for i, name in enumerate(shown)}
+    kinds = {name: (signs[i % len(signs)], _COLOURS[i % len(_COLOURS)]) for i, name in enumerate(bars[0].parts)}
     label, behind = max(len(bar.name) for bar in bars), max(len(bar.note) for bar in bars)
     cells = max(_MIN_BAR, min(_MAX_BAR, _out.width - label - behind - 4))
     scale = cells / max(limit.size, *(sum(bar.parts.values()) for bar in bars))
@@ -105,14 +104,18 @@ def show_bars(title: str, bars: Sequence[Bar], limit: Limit) -> None:
     _out.print(Text(title, style="italic"))
     _out.print(" " * max(0, label + at + 3 - len(limit.note)) + limit.note)
     for bar in bars:
-        drawn = _drawn({name: bar.parts[name] for name in shown}, kinds, scale)
+        drawn = _drawn(bar.parts, kinds, scale)
         drawn += [(left, "dim")] * (at - len(drawn))
         drawn.insert(at, (mark, "bold"))
         line = Text(f" {bar.name:<{label}} ")
         for sign, colour in drawn:
             line.append(sign, style=colour)
         _out.print(line.append(" " * (cells + 1 - len(drawn))).append(f" {bar.note:>{behind}}"))
-    meanings = [Text(sign, style=colour).append(f" {name}", style="default") for name, (sign, colour) in kinds.items()]
+    meanings = [
+        Text(sign, style=colour).append(f" {name}", style="default")
+        for name, (sign, colour) in kinds.items()
+        if any(bar.parts[name] for bar in bars)
+    ]
     meanings += [Text(left, style="dim").append(f" {limit.left_name}"), Text(f"{mark} {limit.name}")]
     for row in _rows_of(meanings, _out.width):
         _out.print(row)
