@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from impq_edge.devices.profile import device_names, load_device
     from impq_edge.releases.build import build
     from impq_edge.spqe.options import GameOptions
-    from impq_edge.stages import allocate, convert, imatrix, ladder, profile
+    from impq_edge.stages import allocate, convert, imatrix, ladder, plan, profile
     from impq_edge.validation.validate import validate
 
 __all__ = [
     "EncodeOptions", "GameOptions", "allocate", "build", "convert", "device_names", "imatrix", "ladder", "load_device",
-    "profile", "validate",
+    "plan", "profile", "validate",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
@@ -31,6 +31,7 @@ _HOMES = {
     "imatrix": "impq_edge.stages",
     "ladder": "impq_edge.stages",
     "load_device": "impq_edge.devices.profile",
+    "plan": "impq_edge.stages",
     "profile": "impq_edge.stages",
     "validate": "impq_edge.validation.validate",
 }

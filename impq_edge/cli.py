@@ -8,7 +8,7 @@ import functools
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -28,10 +28,12 @@ from impq_edge.errors import (
 from impq_edge.ggml import cache
 
 if TYPE_CHECKING:
+    from impq_edge.devices.latency import Rate
     from impq_edge.devices.profile import DeviceProfile
     from impq_edge.spqe.ladder import LadderProfile
     from impq_edge.spqe.options import GameOptions
     from impq_edge.spqe.profile import SensitivityProfile
+    from impq_edge.stages.planning import Plan, Variant
     from impq_edge.validation.doctor import DoctorReport
     from impq_edge.validation.inspection import Inspection
     from impq_edge.validation.report import ValidationReport
@@ -53,6 +55,14 @@ _BITS = re.compile(r"\d{1,3}(?:\.\d{1,9}|/[1-9]\d{0,5})?")
 _DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*(s|min|h)")
 _SECONDS = {"s": 1, "min": 60, "h": 3600}
 _UNITS = {"b": 1, "kb": 10**3, "kib": 2**10, "mb": 10**6, "mib": 2**20, "gb": 10**9, "gib": 2**30}
+
+_BAR_KINDS = {
+    "reserve": "system reserve", "process": "process and tokenizer", "tokenizer": "process and tokenizer",
+    "KV cache": "KV cache", "buffer": "buffers", "repacked": "copies for speed", "weights": "weights",
+}  # fmt: skip
+"""A word in the name of a part of memory → what it is shown as."""
+_BAR_ORDER = ("system reserve", "process and tokenizer", "KV cache", "buffers", "weights", "copies for speed")
+_WIDE_TABLE = 76  # columns
 
 Model = Annotated[str, typer.Option(help="`demo`, a checkpoint directory, or a hub id such as `org/name`.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
@@ -223,6 +233,55 @@ def show_device(name: Annotated[str, typer.Argument(help="Name or TOML file.")],
         console.show_json(device.to_json())
         return
     console.show_table(device.title, ["field", "value", "source"], _device_rows(device))
+
+
+@app.command(epilog=_EPILOG)
+def plan(
+    model: Annotated[
+        str, typer.Option(help="`demo`, a directory with a config.json, a hub id, or a name such as `Llama-3.1-8B`.")
+    ],
+    device: Annotated[
+        list[str], typer.Option(help="A name from `impq-edge devices`, a TOML file, or `all`; again for several.")
+    ],
+    context: Context = None,
+    kv_type: KvType = None,
+    types: Annotated[str, typer.Option(metavar="BITS", help="Widths of the blocks, such as `2,3,4,5,6,8`.")] = "2,4",
+    head_type: HeadType = "q6_k",
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what a device will hold of a model, and how fast, from the model's shapes alone. 1 if nothing fits.
+
+    Example: `impq-edge plan --model meta-llama/Llama-3.1-8B --device raspberry-pi-5 --context 8192`
+
+    Example: `impq-edge plan --model Qwen3-4B --device all`
+    """
+    from impq_edge.devices.profile import device_names, load_device
+    from impq_edge.model.shapes import find_shapes
+    from impq_edge.stages import planning
+
+    asked = [name for given in device for name in (device_names() if given == "all" else [given])]
+    targets = [load_device(name) for name in dict.fromkeys(asked)]
+    shapes = find_shapes(model, revision)
+    console.say(f"Model: {shapes.origin}.")
+    one = len(targets) == 1
+    plans = [
+        planning.plan(
+            shapes, target, context_tokens=context, kv_type=kv_type, types=_types(types), outer_type=head_type,
+            mixes=planning.SHOWN_MIXES if one else (),
+        )
+        for target in targets
+    ]  # fmt: skip
+    if as_json:
+        console.show_json(plans[0].to_json() if one else {"plans": [made.to_json() for made in plans]})
+    elif one:
+        _show_plan(plans[0], targets[0])
+    else:
+        _show_plans(plans)
+    if not any(made.fits for made in plans):
+        for made in plans:
+            console.fail(str(made.remedy))
+        raise typer.Exit(EXIT_CHECK_FAILED)
 
 
 @app.command(epilog=_EPILOG)
@@ -528,6 +587,7 @@ def doctor(
 
 def main() -> None:
     """Run the command line and turn every expected failure into one sentence and an exit code."""
+    console.print_anything()
     try:
         app()
     except ImpqError as error:
@@ -543,6 +603,100 @@ def main() -> None:
 def _confirmed(question: str) -> bool:
     """Ask a person, where there is one."""
     return sys.stdin.isatty() and typer.confirm(question, err=True)
+
+
+def _show_plan(made: "Plan", device: "DeviceProfile") -> None:
+    console.show_line(
+        f"{made.model}, {made.weights / 1e9:.2f} billion weights, on {device.title}, {_gib(made.memory_bytes)} GiB, "
+        f"with {made.context_tokens:,} tokens of context in {made.kv_type}:"
+    )
+    if made.best:
+        console.show_line(_summary(made.best))
+    elif made.fits:
+        fitting = ", ".join(v.name for v in made.variants if v.fits)
+        console.show_line(f"All blocks at {made.variants[0].name} do not fit; {fitting} would.")
+    wide = console.width() >= _WIDE_TABLE
+    columns = {"variant": [v.name for v in made.variants], "file\nGiB": [_gib(v.file_bytes) for v in made.variants]}
+    if wide:
+        columns["bits/\nweight"] = [f"{v.bits_per_weight:.2f}" for v in made.variants]
+        columns["needs\nGiB"] = [_gib(v.memory.total_bytes) for v in made.variants]
+    columns["free\nGiB"] = [_gib(v.free_bytes) for v in made.variants]
+    columns["largest\ncontext"] = [_context(v) for v in made.variants]
+    columns["generates\ntokens/s"] = [_rate(v.speeds.generation, wide) for v in made.variants]
+    if any(v.speeds.prompt for v in made.variants):
+        columns["reads\ntokens/s"] = [_rate(v.speeds.prompt, wide) for v in made.variants]
+    ours = sum(1 for v in made.variants if v.kind != "stock")
+    console.show_table("What it takes", list(columns), list(zip(*columns.values(), strict=True)), {ours - 1})
+    bars = [
+        console.Bar(v.name, _bar_parts(v.memory.parts()), f"{_gib(abs(v.free_bytes))} {_verdict(v)}")
+        for v in made.variants
+    ]
+    limit = console.Limit(made.memory_bytes, f"{_gib(made.memory_bytes)} GiB", "the device's memory", "free")
+    console.show_bars("Where memory goes", bars, limit)
+    for note in made.notes:
+        console.show_line(note)
+
+
+def _summary(best: "Variant") -> str:
+    what = f"All blocks at {best.name}" if best.kind == "uniform" else f"A {best.name}"
+    speed = best.speeds.generation
+    about = f", about {_speed(speed.likely_tok_per_s)} tokens/s" if speed else ""
+    spare = f"{_gib(best.free_bytes)} GiB" if best.free_bytes >= 2**27 else f"{_mib(best.free_bytes)} MiB"
+    return f"{what}: {spare} to spare, at most {best.largest_context_tokens:,} tokens of context{about}."
+
+
+def _verdict(variant: "Variant") -> str:
+    if variant.free_bytes < 0:
+        return "over"
+    return "free" if variant.fits else "free, file too large"
+
+
+def _bar_parts(parts: dict[str, int]) -> dict[str, float]:
+    """Join what is too small to be seen, and put first what is the same in every variant."""
+    joined: dict[str, float] = dict.fromkeys(_BAR_ORDER, 0.0)
+    for name, size in parts.items():
+        kind = next((kind for word, kind in _BAR_KINDS.items() if word in name), name)
+        joined[kind] = joined.get(kind, 0.0) + size
+    return joined
+
+
+def _show_plans(plans: "Sequence[Plan]") -> None:
+    wide = console.width() >= _WIDE_TABLE
+    shown = [made.best or min(made.variants, key=lambda v: v.memory.total_bytes) for made in plans]
+    columns = {
+        "device": [made.device for made in plans],
+        "context": [f"{made.context_tokens:,}" for made in plans],
+        "fits": [made.best.name if made.best else "nothing" for made in plans],
+        "free\nGiB": [_gib(v.free_bytes) for v in shown],
+        "largest\ncontext": [_context(v) for v in shown],
+        "generates\ntokens/s": [_rate(v.speeds.generation if v.fits else None, wide) for v in shown],
+    }
+    if any(v.speeds.prompt for v in shown):
+        columns["reads\ntokens/s"] = [_rate(v.speeds.prompt if v.fits else None, wide) for v in shown]
+    title = f"{plans[0].model}: the most bits that fit"
+    console.show_table(title, list(columns), list(zip(*columns.values(), strict=True)))
+    for note in dict.fromkeys(note for made in plans for note in made.notes):
+        console.show_line(note)
+
+
+def _context(variant: "Variant") -> str:
+    return f"{variant.largest_context_tokens:,}" if variant.largest_context_tokens else "–"
+
+
+def _rate(rate: "Rate | None", with_range: bool) -> str:
+    if rate is None:
+        return "–"
+    likely = _speed(rate.likely_tok_per_s)
+    return f"{likely} ({_speed(rate.low_tok_per_s)}–{_speed(rate.high_tok_per_s)})" if with_range else likely
+
+
+def _speed(tok_per_s: float) -> str:
+    return f"{tok_per_s:,.0f}" if tok_per_s >= 9.95 else f"{tok_per_s:.1f}" if tok_per_s >= 0.95 else f"{tok_per_s:.2f}"
+
+
+def _gib(size_bytes: int) -> str:
+    size = size_bytes / 2**30
+    return f"{size:.2f}" if abs(size) >= 0.005 or not size else f"{size:.3f}"
 
 
 def _show_validation(report: "ValidationReport") -> None:

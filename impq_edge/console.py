@@ -1,18 +1,41 @@
 """What people see: tables on stdout, everything else on stderr. The only file that knows rich."""
 
+import codecs
 import contextlib
+import dataclasses
+import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+_SIGNS = ("╱▪▒░█▓▚", "·", "│")  # of parts, of what is left, of the limit
+_PLAIN_SIGNS = ("/o=-#%&", ".", "|")
+_COLOURS = ("yellow", "magenta", "cyan", "blue", "green", "red", "white")
+_PLAIN_LETTERS = {"–": "-", "−": "-", "…": "...", "±": "+-", "×": "x", "·": ".", "│": "|", "─": "-", "φ": "phi"}
+_MIN_BAR, _MAX_BAR = 16, 64  # cells
 
 _out = Console(highlight=False, soft_wrap=True)
 _err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def print_anything() -> None:
+    """Write letters that the streams' encoding lacks as the nearest plain ones, instead of failing at them."""
+    codecs.register_error("plain", _plainly)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="plain")
+
+
+def _plainly(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return "".join(_PLAIN_LETTERS.get(letter, "?") for letter in error.object[error.start : error.end]), error.end
 
 
 def say(sentence: str) -> None:
@@ -30,15 +53,101 @@ def show_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table; columns whose cells are all numbers are set flush right."""
+def width() -> int:
+    """Return how many characters a line of the result may have."""
+    return _out.width
+
+
+def show_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], sections: Collection[int] = ()
+) -> None:
+    """Print a table; columns whose cells are all numbers are set flush right, a rule follows the rows ``sections``."""
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         numeric = all(_looks_numeric(row[index]) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")  # names stay whole
-    for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+    for index, row in enumerate(rows):
+        table.add_row(*(escape(cell) for cell in row), end_section=index in sections)
     _out.print(table)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bar:
+    """One line of a picture of stacked bars."""
+
+    name: str
+    parts: Mapping[str, float]  # by name, from the left; the same names in every bar
+    note: str  # behind the bar
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """What the parts of a bar are to stay below."""
+
+    size: float
+    note: str  # above its mark, such as "8 GiB"
+    name: str  # what the mark means
+    left_name: str  # what the rest up to it means
+
+
+def show_bars(title: str, bars: Sequence[Bar], limit: Limit) -> None:
+    """Print stacked bars over one scale with the limit marked, and what their signs mean.
+
+    Every part has its own sign, so that nothing depends on colour; letters where the encoding lacks blocks.
+    """
+    signs, left, mark = _SIGNS if _can_print(_SIGNS) else _PLAIN_SIGNS
+    kinds = {name: (signs[i % len(signs)], _COLOURS[i % len(_COLOURS)]) for i, name in enumerate(bars[0].parts)}
+    label, behind = max(len(bar.name) for bar in bars), max(len(bar.note) for bar in bars)
+    cells = max(_MIN_BAR, min(_MAX_BAR, _out.width - label - behind - 4))
+    scale = cells / max(limit.size, *(sum(bar.parts.values()) for bar in bars))
+    at = round(limit.size * scale)
+    _out.print(Text(title, style="italic"))
+    _out.print(" " * max(0, label + at + 3 - len(limit.note)) + limit.note)
+    for bar in bars:
+        drawn = _drawn(bar.parts, kinds, scale)
+        drawn += [(left, "dim")] * (at - len(drawn))
+        drawn.insert(at, (mark, "bold"))
+        line = Text(f" {bar.name:<{label}} ")
+        for sign, colour in drawn:
+            line.append(sign, style=colour)
+        _out.print(line.append(" " * (cells + 1 - len(drawn))).append(f" {bar.note:>{behind}}"))
+    meanings = [
+        Text(sign, style=colour).append(f" {name}", style="default")
+        for name, (sign, colour) in kinds.items()
+        if any(bar.parts[name] for bar in bars)
+    ]
+    meanings += [Text(left, style="dim").append(f" {limit.left_name}"), Text(f"{mark} {limit.name}")]
+    for row in _rows_of(meanings, _out.width):
+        _out.print(row)
+
+
+def _drawn(parts: Mapping[str, float], kinds: Mapping[str, tuple[str, str]], scale: float) -> list[tuple[str, str]]:
+    """Return a sign and a colour for every cell of a bar; ends are rounded where they lie, so that sums stay right."""
+    cells: list[tuple[str, str]] = []
+    end = 0.0
+    for name, size in parts.items():
+        end += size
+        cells += [kinds[name]] * (round(end * scale) - len(cells))
+    return cells
+
+
+def _rows_of(pieces: Sequence[Text], width: int) -> list[Text]:
+    """Set pieces side by side as far as lines go."""
+    rows: list[Text] = []
+    for piece in pieces:
+        if rows and len(rows[-1]) + 2 + len(piece) <= width:
+            rows[-1].append("  ").append_text(piece)
+        else:
+            rows.append(Text(" ").append_text(piece))
+    return rows
+
+
+def _can_print(signs: tuple[str, str, str]) -> bool:
+    try:
+        "".join(signs).encode(_out.encoding)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def show_line(line: str) -> None:

@@ -190,6 +190,7 @@ def test_every_command_has_help_with_an_example() -> None:
     for command in (
         "devices",
         "devices show",
+        "plan",
         "profile",
         "allocate",
         "convert",

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFWriter
+from gguf import GGUFWriter, TokenType
 
 from impq_edge.conversion.metadata import Origin, add_metadata
 from impq_edge.conversion.tokenizer import Tokenizer
@@ -15,11 +15,13 @@ from impq_edge.ggml.split import split_paths
 from impq_edge.ggml.types import TensorType
 from impq_edge.model.recipe import TensorTypes, data_bytes, padded
 from impq_edge.model.spec import ModelSpec, TensorSpec
+from impq_edge.model.vocabulary import Vocabulary
 
 Recipe = Mapping[str, str | int | float | None]
 """How a file was made, as its metadata tells it; see :mod:`impq_edge.conversion.metadata`."""
 
 _SPLIT_KEYS_BYTES = 128  # the three keys of a piece and the padding after them take less
+_LENGTH_BYTES, _TYPE_BYTES, _SCORE_BYTES = 8, 4, 4  # of a string; of a token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +98,22 @@ def header_bytes(spec: ModelSpec, tokenizer: Tokenizer) -> int:
     """
     types = {tensor.gguf_name: TensorType.F32 for tensor in spec.tensors}
     return len(_headers(spec, tokenizer, types, {}, None, [spec.tensors])[0])
+
+
+def estimated_header_bytes(spec: ModelSpec, vocabulary: Vocabulary) -> int:
+    """Estimate :func:`header_bytes` without a tokenizer: what its strings take is counted, known or guessed.
+
+    A string takes its bytes and 8 for their number, a token 4 more for its type and 4 for a score where there are
+    any. Chat templates are left out: a few kilobytes.
+    """
+    stand_in = Tokenizer(
+        model=vocabulary.model, pre="default", tokens=("",), types=(TokenType.NORMAL,),
+        scores=(0.0,) if vocabulary.model == "llama" else None, merges=None, special_ids={"bos": 0, "eos": 0, "pad": 0},
+        add_bos=True, add_eos=False, add_space_prefix=False, chat_templates={},
+    )  # fmt: skip
+    token_bytes = _LENGTH_BYTES + _TYPE_BYTES + (_SCORE_BYTES if vocabulary.model == "llama" else 0)
+    strings = vocabulary.tokens_bytes + vocabulary.merges_bytes + vocabulary.merges * _LENGTH_BYTES
+    return padded(header_bytes(spec, stand_in) + (spec.hyperparameters.vocabulary - 1) * token_bytes + strings)
 
 
 def _partition(

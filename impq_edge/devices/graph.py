@@ -8,6 +8,7 @@ llama-cpp-python 0.3.36): the graphs in ``src/models/{llama,qwen3,gemma2}.cpp``,
 """
 
 import dataclasses
+import functools
 
 from impq_edge.model.config import HyperParameters
 
@@ -29,6 +30,7 @@ class GraphShape:
     wide_cache: bool = False  # F32, which flash attention reads through copies in F16
 
 
+@functools.cache
 def compute_buffer_bytes(hyper: HyperParameters, shape: GraphShape) -> int:
     """Return the bytes of the compute buffer that llama.cpp reserves on the CPU for one sequence."""
     return _decoder(hyper, shape).peak_bytes()

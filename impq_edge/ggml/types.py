@@ -4,6 +4,7 @@ The numbers come from ``gguf.GGML_QUANT_SIZES`` (ggml's ``block_q*`` structs); t
 ``tensor_type_fallback`` in llama.cpp's ``src/llama-quant.cpp``.
 """
 
+import functools
 from collections.abc import Sequence
 from enum import StrEnum
 from math import prod
@@ -27,22 +28,22 @@ class TensorType(StrEnum):
     Q5_0 = "q5_0"
     Q4_0 = "q4_0"
 
-    @property
+    @functools.cached_property
     def ggml(self) -> GGMLQuantizationType:
         """The same type as the ``gguf`` package and ggml number it."""
         return GGMLQuantizationType[self.name]
 
-    @property
+    @functools.cached_property
     def block_weights(self) -> int:
         """Weights per block along a row: 256 for K-quants, 32 for the older formats, 1 for floats."""
         return int(GGML_QUANT_SIZES[self.ggml][0])
 
-    @property
+    @functools.cached_property
     def block_bytes(self) -> int:
         """Bytes of one block."""
         return int(GGML_QUANT_SIZES[self.ggml][1])
 
-    @property
+    @functools.cached_property
     def bits_per_weight(self) -> float:
         """Bits of storage per weight, scales and minima included."""
         return 8.0 * self.block_bytes / self.block_weights

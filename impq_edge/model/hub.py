@@ -4,9 +4,10 @@ Its cache, tokens, ``HF_HUB_OFFLINE``, ``HF_HOME`` and ``HF_ENDPOINT`` work as i
 that library.
 """
 
+import contextlib
 import errno
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,57 @@ def cached(repository: str, revision: str | None) -> Path | None:
         return Path(_snapshot(repository, revision, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
+
+
+def headers(repository: str, revision: str | None) -> tuple[Path, dict[str, dict[str, tuple[str, tuple[int, ...]]]]]:
+    """Fetch what tells a checkpoint's shapes: ``config.json`` and the headers of its safetensors files.
+
+    Returns
+    -------
+        The path of ``config.json`` in the hub's cache; and by file and tensor, the type and shape of every tensor.
+
+    Raises
+    ------
+    ModelError
+        As for :func:`plan`, or when there is no config.json, no safetensors file, or one without a proper header.
+    """
+    from huggingface_hub import errors, get_safetensors_metadata, hf_hub_download
+
+    try:
+        with _no_progress_bars():
+            config = Path(hf_hub_download(repository, "config.json", revision=revision))
+            found = get_safetensors_metadata(repository, revision=revision)
+    except (errors.NotASafetensorsRepoError, errors.SafetensorsParsingError, errors.EntryNotFoundError) as error:
+        if isinstance(error, errors.LocalEntryNotFoundError):  # of that base, but it says that the hub did not answer
+            raise ModelError(_explain(error, repository, revision)) from error
+        raise ModelError(
+            f"{repository} is not an unquantised Transformers checkpoint in safetensors with a config.json; choose "
+            "another repository."
+        ) from error
+    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined, unused-ignore]
+        raise ModelError(_explain(error, repository, revision)) from error
+    return config, {
+        file: {name: (info.dtype, tuple(info.shape)) for name, info in header.tensors.items()}
+        for file, header in found.files_metadata.items()
+    }
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from huggingface_hub.utils import (  # type: ignore[attr-defined, unused-ignore]
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    shown = not are_progress_bars_disabled()
+    if shown:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def _ask(repository: str, revision: str | None, advance: Callable[[int], None], **options: Any) -> Any:

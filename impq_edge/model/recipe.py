@@ -70,8 +70,12 @@ def require_no_fallback(found: Sequence[Fallback]) -> None:
     ModelError
         When ``found`` is not empty.
     """
-    if not found:
-        return
+    if found:
+        raise ModelError(f"{describe_fallbacks(found)} Pass --allow-fallback to build it so.")
+
+
+def describe_fallbacks(found: Sequence[Fallback]) -> str:
+    """Say what is stored instead in rows that hold no K-quants, and what that costs; ``found`` is not empty."""
     kinds = sorted({(f.tensor.shape[-1], f.wanted, f.stored) for f in found})
     told = "; ".join(
         f"{sum(1 for f in found if (f.tensor.shape[-1], f.wanted, f.stored) == kind)} tensors with rows of {kind[0]} "
@@ -79,10 +83,7 @@ def require_no_fallback(found: Sequence[Fallback]) -> None:
         for kind in kinds
     )
     extra = sum(f.extra_bytes for f in found)
-    raise ModelError(
-        f"Rows not divisible by 256 hold no K-quants: {told}; that costs {extra / 2**20:.1f} MiB more. "
-        "Pass --allow-fallback to build it so."
-    )
+    return f"Rows not divisible by 256 hold no K-quants: {told}; that costs {extra / 2**20:.1f} MiB more."
 
 
 def data_bytes(spec: ModelSpec, types: TensorTypes) -> int:

@@ -60,12 +60,17 @@ def find(model: str, revision: str | None = None) -> Source:
         When the name is none of the three, or the hub's model is unknown, gated, not in safetensors,
         or neither reachable nor cached.
     """
-    directory = data_path(*_DEMO_DIRECTORY) if model == DEMO else _directory(model)
+    directory = demo_directory() if model == DEMO else _directory(model)
     if directory is None:
         return _find_on_hub(model, revision)
     if revision is not None:
         raise ModelError(f"Revision {revision!r} was given, but {model!r} is not a hub id; leave the revision out.")
     return Source(model=model, name=directory.resolve().name, directory=directory)
+
+
+def demo_directory() -> Path:
+    """Return the directory of the model that ships."""
+    return data_path(*_DEMO_DIRECTORY)
 
 
 def fetch(source: Source, advance: Callable[[int], None] = lambda _: None) -> Path:

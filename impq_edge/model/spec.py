@@ -8,7 +8,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -25,7 +25,7 @@ Role = Literal["embedding", "head", "matrix", "vector"]
 ROPE_FACTORS = "rope_freqs.weight"
 """GGUF name of the derived tensor that holds Llama-3's rope scaling."""
 
-_BLOCK = re.compile(r"^model\.layers\.(\d+)\.")
+_GGUF_BLOCK = re.compile(r"^blk\.(\d{1,6})\.")
 _FLOAT_DTYPES = {"F32", "F16", "BF16"}
 _CONTENT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
                   "special_tokens_map.json", "chat_template.jinja")  # fmt: skip
@@ -86,6 +86,17 @@ class ModelSpec(Record):
         return tuple(t for t in self.tensors if t.block == block and t.role == "matrix")
 
 
+def tensor_named(gguf_name: str, shape: tuple[int, ...]) -> TensorSpec:
+    """Return a tensor known by its name in a GGUF alone, of a model that has no checkpoint here."""
+    role: Role = "vector" if len(shape) == 1 else "matrix"
+    if gguf_name == "token_embd.weight":
+        role = "embedding"
+    elif gguf_name == "output.weight":
+        role = "head"
+    block = _GGUF_BLOCK.match(gguf_name)
+    return TensorSpec(gguf_name, gguf_name, shape, role, int(block[1]) if block else None, None)
+
+
 def read_model(
     directory: Path, name: str | None = None, progress: Callable[[int, int], None] = lambda _done, _total: None
 ) -> ModelSpec:
@@ -108,10 +119,9 @@ def read_model(
     """
     if not directory.is_dir():
         raise ModelError(f"{directory} is not a directory; pass a checkpoint directory or a hub id.")
-    config = _read_config(directory / "config.json")
+    config = read_config(directory / "config.json")
     hyperparameters = read_hyperparameters(config)
-    tensors = _inventory(directory, hyperparameters)
-    _check_inventory(tensors, hyperparameters, directory)
+    tensors = tensor_inventory(read_headers(directory), hyperparameters, str(directory))
     return ModelSpec(
         name=name or directory.resolve().name,
         hyperparameters=hyperparameters,
@@ -120,7 +130,8 @@ def read_model(
     )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a checkpoint, such as ``config.json``, with one sentence for every way this can fail."""
     if not path.exists():
         raise ModelError(f"{path.parent} has no config.json; pass a checkpoint directory laid out as on the hub.")
     try:
@@ -132,15 +143,44 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _inventory(directory: Path, hyperparameters: HyperParameters) -> tuple[TensorSpec, ...]:
+Headers = Mapping[str, Mapping[str, tuple[int, ...]]]
+"""File name of every shard → name of every tensor in it → its shape."""
+
+
+def read_headers(directory: Path) -> Headers:
+    """Read what a checkpoint's safetensors files hold, from their headers alone.
+
+    Raises
+    ------
+    ModelError
+        When a file is missing, truncated, a pickle, or holds tensors that are not of floats.
+    """
+    return {shard: _header(directory / shard) for shard in _shards(directory)}
+
+
+def tensor_inventory(headers: Headers, hyperparameters: HyperParameters, where: str) -> tuple[TensorSpec, ...]:
+    """Return the tensors of a checkpoint in the order of the file we write, checked against its configuration.
+
+    Parameters
+    ----------
+    headers
+        What its safetensors files hold.
+    where
+        What errors call it.
+
+    Raises
+    ------
+    ModelError
+        When tensors are missing, are none of the architecture's, or have other shapes than the configuration implies.
+    """
     names = get_tensor_name_map(
         {arch.name.lower(): arch for arch in MODEL_ARCH}[hyperparameters.architecture],
         hyperparameters.n_blocks,
     )
     tensors = [
         _tensor(name, shape, shard, names)
-        for shard in _shards(directory)
-        for name, shape in _headers(directory / shard).items()
+        for shard, header in headers.items()
+        for name, shape in header.items()
         if not name.endswith(".rotary_emb.inv_freq")  # a cache of rope, which GGUF derives itself
     ]
     if hyperparameters.rope_scaling:  # llama.cpp reads Llama-3's frequency factors from a tensor
@@ -148,12 +188,19 @@ def _inventory(directory: Path, hyperparameters: HyperParameters) -> tuple[Tenso
         tensors.append(TensorSpec(ROPE_FACTORS, ROPE_FACTORS, shape, "vector", None, None))
     if hyperparameters.tied_embeddings:  # some checkpoints store the tied head a second time
         tensors = [tensor for tensor in tensors if tensor.role != "head"]
-    # The order of the file we write. The embedding follows the blocks because a tied one is also the head, and what
-    # enters the head is known only when text has passed through all blocks.
+    _check_inventory(tensors, hyperparameters, where)
     return tuple(sorted(tensors, key=_file_order))
 
 
+def implied_inventory(hyperparameters: HyperParameters) -> tuple[TensorSpec, ...]:
+    """Return the tensors that a configuration implies, under their names in a GGUF, in the order of the file."""
+    found = [tensor_named(name, shape) for name, shape in hyperparameters.expected_shapes().items()]
+    return tuple(sorted(found, key=_file_order))
+
+
 def _file_order(tensor: TensorSpec) -> tuple[int, int, str]:
+    # The embedding follows the blocks because a tied one is also the head, and what enters the head is known only
+    # when text has passed through all blocks.
     if tensor.block is not None:
         return (0, tensor.block, tensor.gguf_name)
     return (1, 0, tensor.gguf_name)
@@ -163,15 +210,7 @@ def _tensor(name: str, shape: tuple[int, ...], shard: str, names: TensorNameMap)
     gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
     if gguf_name is None:
         raise ModelError(f"Tensor {name!r} in {shard} has no place in a GGUF of this architecture; remove it first.")
-    block = _BLOCK.match(name)
-    role: Role = "matrix"
-    if gguf_name == "token_embd.weight":
-        role = "embedding"
-    elif gguf_name == "output.weight":
-        role = "head"
-    elif len(shape) == 1:
-        role = "vector"
-    return TensorSpec(name, gguf_name, shape, role, int(block[1]) if block else None, shard)
+    return dataclasses.replace(tensor_named(gguf_name, shape), name=name, shard=shard)
 
 
 def _shards(directory: Path) -> list[str]:
@@ -180,7 +219,7 @@ def _shards(directory: Path) -> list[str]:
         return ["model.safetensors"]
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        weight_map = _read_config(index).get("weight_map")
+        weight_map = read_config(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
             raise ModelError(f"{index} has no weight_map of file names; download the checkpoint again.")
         shards = sorted(set(weight_map.values()))
@@ -208,18 +247,14 @@ def _shards(directory: Path) -> list[str]:
     raise ModelError(f"{directory} has shards but no model.safetensors.index.json; download the checkpoint again.")
 
 
-def _headers(path: Path) -> dict[str, tuple[int, ...]]:
+def _header(path: Path) -> dict[str, tuple[int, ...]]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             for name, tensor in slices.items():
-                if tensor.get_dtype() not in _FLOAT_DTYPES:
-                    raise ModelError(
-                        f"Tensor {name!r} in {path} is {tensor.get_dtype()}, not one of {sorted(_FLOAT_DTYPES)}; "
-                        "start from an unquantised checkpoint."
-                    )
+                require_float(name, tensor.get_dtype(), str(path))
             return {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
     except (SafetensorError, OSError) as error:
         raise ModelError(
@@ -227,7 +262,16 @@ def _headers(path: Path) -> dict[str, tuple[int, ...]]:
         ) from None
 
 
-def _check_inventory(tensors: tuple[TensorSpec, ...], hyper: HyperParameters, directory: Path) -> None:
+def require_float(name: str, dtype: str, where: str) -> None:
+    """Refuse a tensor of a type that weights are not trained in; ``where`` is what the error calls its file."""
+    if dtype not in _FLOAT_DTYPES:
+        raise ModelError(
+            f"Tensor {name!r} in {where} is {dtype}, not one of {sorted(_FLOAT_DTYPES)}; "
+            "start from an unquantised checkpoint."
+        )
+
+
+def _check_inventory(tensors: Sequence[TensorSpec], hyper: HyperParameters, directory: str) -> None:
     expected = hyper.expected_shapes()
     found = {tensor.gguf_name: tensor for tensor in tensors}
     missing = sorted(expected.keys() - found.keys())

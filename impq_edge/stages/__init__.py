@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from impq_edge.stages.converting import FILE_TYPES, convert, imatrix, record_path, uniform_types
     from impq_edge.stages.measuring import ladder, load_profile, measured_types, profile
     from impq_edge.stages.opening import calibration_windows, open_model, require_compute, require_rows
+    from impq_edge.stages.planning import plan
 
 __all__ = [
     "FILE_TYPES",
@@ -24,6 +25,7 @@ __all__ = [
     "load_profile",
     "measured_types",
     "open_model",
+    "plan",
     "profile",
     "record_path",
     "require_allocatable",
@@ -44,6 +46,7 @@ _HOMES = {
     "load_profile": "measuring",
     "measured_types": "measuring",
     "open_model": "opening",
+    "plan": "planning",
     "profile": "measuring",
     "record_path": "converting",
     "require_allocatable": "allocating",
