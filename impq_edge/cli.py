@@ -58,10 +58,13 @@ _UNITS = {"b": 1, "kb": 10**3, "kib": 2**10, "mb": 10**6, "mib": 2**20, "gb": 10
 
 _BAR_KINDS = {
     "reserve": "system reserve", "process": "process and tokenizer", "tokenizer": "process and tokenizer",
-    "KV cache": "KV cache", "buffer": "buffers", "repacked": "copies for speed", "weights": "weights",
+    "driver": "GPU driver", "KV cache": "KV cache", "buffer": "buffers", "repacked": "copies for speed",
+    "weights": "weights",
 }  # fmt: skip
 """A word in the name of a part of memory → what it is shown as."""
-_BAR_ORDER = ("system reserve", "process and tokenizer", "KV cache", "buffers", "weights", "copies for speed")
+_BAR_ORDER = (
+    "system reserve", "process and tokenizer", "KV cache", "buffers", "weights", "copies for speed", "GPU driver",
+)  # fmt: skip
 _WIDE_TABLE = 76  # columns
 
 Model = Annotated[str, typer.Option(help="`demo`, a checkpoint directory, or a hub id such as `org/name`.")]
@@ -633,6 +636,17 @@ def _show_plan(made: "Plan", device: "DeviceProfile") -> None:
     ]
     limit = console.Limit(made.memory_bytes, f"{_gib(made.memory_bytes)} GiB", "the device's memory", "free")
     console.show_bars("Where memory goes", bars, limit)
+    gpu_bytes = made.variants[0].memory.gpu_memory_bytes
+    if gpu_bytes is not None:
+        bars = [
+            console.Bar(
+                v.name, _bar_parts(v.memory.gpu_parts()), f"{_gib(abs(free))} {'free' if free >= 0 else 'over'}"
+            )
+            for v in made.variants
+            if (free := v.memory.gpu_free_bytes) is not None
+        ]
+        limit = console.Limit(gpu_bytes, f"{_gib(gpu_bytes)} GiB", "the GPU's memory", "free")
+        console.show_bars(f"Where the GPU's memory goes, {made.variants[0].memory.gpu_layers} layers", bars, limit)
     for note in made.notes:
         console.show_line(note)
 
@@ -641,14 +655,16 @@ def _summary(best: "Variant") -> str:
     what = f"All blocks at {best.name}" if best.kind == "uniform" else f"A {best.name}"
     speed = best.speeds.generation
     about = f", about {_speed(speed.likely_tok_per_s)} tokens/s" if speed else ""
-    spare = f"{_gib(best.free_bytes)} GiB" if best.free_bytes >= 2**27 else f"{_mib(best.free_bytes)} MiB"
+    gpu_bytes = best.memory.gpu_free_bytes
+    left = best.free_bytes if gpu_bytes is None else min(best.free_bytes, gpu_bytes)
+    spare = f"{_gib(left)} GiB" if left >= 2**27 else f"{_mib(left)} MiB"
     return f"{what}: {spare} to spare, at most {best.largest_context_tokens:,} tokens of context{about}."
 
 
 def _verdict(variant: "Variant") -> str:
     if variant.free_bytes < 0:
         return "over"
-    return "free" if variant.fits else "free, file too large"
+    return "free, file too large" if variant.memory.fits and not variant.fits else "free"
 
 
 def _bar_parts(parts: dict[str, int]) -> dict[str, float]:

@@ -16,10 +16,12 @@ from impq_edge.devices.latency import Speeds, predict_speeds
 from impq_edge.devices.memory import (
     MemoryPlan,
     largest_context_tokens,
+    largest_gpu_layers,
     memory_plan,
 )
-from impq_edge.devices.profile import DeviceProfile, KvType, device_names, load_device
+from impq_edge.devices.profile import DeviceProfile, device_names, load_device
 from impq_edge.errors import AllocationError
+from impq_edge.ggml.cache import KvType
 from impq_edge.ggml.types import LADDER, TensorType
 from impq_edge.model.mixes import stock_types
 from impq_edge.model.recipe import TensorTypes, data_bytes, describe_fallbacks, fallbacks, tensor_types
@@ -166,10 +168,6 @@ def _needed(variant: Variant) -> int:
     return variant.memory.total_bytes
 
 
-def _fits(memory: MemoryPlan) -> bool:
-    return memory.free_bytes >= 0
-
-
 class _Planner:
     """A model on a device in one setting."""
 
@@ -205,7 +203,7 @@ class _Planner:
             bits_per_weight=8 * file_bytes / spec.weights,
             memory=memory,
             free_bytes=memory.free_bytes,
-            fits=_fits(memory) and allowed,
+            fits=memory.fits and allowed,
             largest_context_tokens=largest_context_tokens(spec, types, file_bytes, device, kv_type=self._kv_type),
             speeds=predict_speeds(spec, types, device, kv_type=self._kv_type),
         )
@@ -241,7 +239,7 @@ class _Planner:
 
     def _holds(self, types: TensorTypes) -> bool:
         file_bytes, limit = self.header_bytes + data_bytes(self._spec, types), self._device.max_file_bytes
-        return (limit is None or file_bytes <= limit) and _fits(self._memory(types, file_bytes, self._kv_type))
+        return (limit is None or file_bytes <= limit) and self._memory(types, file_bytes, self._kv_type).fits
 
     def _memory(self, types: TensorTypes, file_bytes: int, kv_type: KvType | None) -> MemoryPlan:
         return memory_plan(
@@ -252,7 +250,7 @@ class _Planner:
         """Say what is missing for the smallest file, and what would help."""
         device, memory = self._device, smallest.memory
         at = f"even at {smallest.name}" if smallest.kind == "uniform" else f"even as {smallest.name}"
-        if _fits(memory):
+        if memory.fits:
             assert device.max_file_bytes is not None
             return (
                 f"{self._spec.name} takes {smallest.file_bytes} bytes {at}, and {device.name} allows "
@@ -261,14 +259,22 @@ class _Planner:
         ways = [f"--context {smallest.largest_context_tokens}"] if smallest.largest_context_tokens else []
         if memory.kv_type == "f16" and device.flash_attention and self._fits_with("q8_0", smallest):
             ways.insert(0, "--kv-type q8_0")
+        if memory.free_bytes >= 0:  # what is full is the GPU's own memory
+            layers = largest_gpu_layers(
+                self._spec, self._types_of(smallest), smallest.file_bytes, device, context_tokens=self._context,
+                kv_type=self._kv_type,
+            )  # fmt: skip
+            ways.append(f"gpu_layers {layers} in the device's profile")
         larger = self._smallest_device_for(smallest)
         ways.append(f"a device with more memory, such as {larger}" if larger else "a device with more memory")
         smaller = self._largest_model()
         ways.append(f"a smaller model, such as {smaller}" if smaller else "a smaller model")
+        held, there, where = memory.total_bytes, memory.memory_bytes, "memory"
+        if memory.free_bytes >= 0:
+            held, there, where = sum(memory.gpu_parts().values()), memory.gpu_memory_bytes or 0, "GPU memory"
         return (
-            f"{self._spec.name} does not fit {device.name} {at}: it needs "
-            f"{memory.total_bytes / 2**30:.2f} GiB and there are {memory.memory_bytes / 2**30:.2f}; use "
-            f"{', or '.join(ways)}."
+            f"{self._spec.name} does not fit {device.name} {at}: it needs {held / 2**30:.2f} GiB of {where} and there "
+            f"are {there / 2**30:.2f}; use {', or '.join(ways)}."
         )
 
     def _smallest_device_for(self, variant: Variant) -> str | None:
@@ -277,7 +283,7 @@ class _Planner:
         context, types = variant.memory.context_tokens, self.types([_TYPES[0]])
         for device in devices:
             found = memory_plan(self._spec, types, variant.file_bytes, device, context_tokens=context)
-            if _fits(found):
+            if found.fits:
                 return device.name
         return None
 
@@ -290,9 +296,12 @@ class _Planner:
         return None
 
     def _fits_with(self, kv_type: KvType, variant: Variant) -> bool:
+        return self._memory(self._types_of(variant), variant.file_bytes, kv_type).fits
+
+    def _types_of(self, variant: Variant) -> TensorTypes:
+        """Return the types of a variant that is no mix."""
         bits = variant.average_bits
-        types = stock_types(self._spec, variant.name) if bits is None else self.types([int(bits)])
-        return _fits(self._memory(types, variant.file_bytes, kv_type))
+        return stock_types(self._spec, variant.name) if bits is None else self.types([int(bits)])
 
 
 def _notes(
