@@ -25,7 +25,7 @@ Role = Literal["embedding", "head", "matrix", "vector"]
 ROPE_FACTORS = "rope_freqs.weight"
 """GGUF name of the derived tensor that holds Llama-3's rope scaling."""
 
-_BLOCK = re.compile(r"^model\.layers\.(\d+)\.")
+_GGUF_BLOCK = re.compile(r"^blk\.(\d{1,6})\.")
 _FLOAT_DTYPES = {"F32", "F16", "BF16"}
 _CONTENT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
                   "special_tokens_map.json", "chat_template.jinja")  # fmt: skip
@@ -84,6 +84,17 @@ class ModelSpec(Record):
     def block_matrices(self, block: int) -> tuple[TensorSpec, ...]:
         """Return the matrices of one block: what a player of the game puts at 2 or 4 bit."""
         return tuple(t for t in self.tensors if t.block == block and t.role == "matrix")
+
+
+def tensor_named(gguf_name: str, shape: tuple[int, ...]) -> TensorSpec:
+    """Return a tensor known by its name in a GGUF alone, of a model that has no checkpoint here."""
+    role: Role = "vector" if len(shape) == 1 else "matrix"
+    if gguf_name == "token_embd.weight":
+        role = "embedding"
+    elif gguf_name == "output.weight":
+        role = "head"
+    block = _GGUF_BLOCK.match(gguf_name)
+    return TensorSpec(gguf_name, gguf_name, shape, role, int(block[1]) if block else None, None)
 
 
 def read_model(
@@ -163,15 +174,7 @@ def _tensor(name: str, shape: tuple[int, ...], shard: str, names: TensorNameMap)
     gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
     if gguf_name is None:
         raise ModelError(f"Tensor {name!r} in {shard} has no place in a GGUF of this architecture; remove it first.")
-    block = _BLOCK.match(name)
-    role: Role = "matrix"
-    if gguf_name == "token_embd.weight":
-        role = "embedding"
-    elif gguf_name == "output.weight":
-        role = "head"
-    elif len(shape) == 1:
-        role = "vector"
-    return TensorSpec(name, gguf_name, shape, role, int(block[1]) if block else None, shard)
+    return dataclasses.replace(tensor_named(gguf_name, shape), name=name, shard=shard)
 
 
 def _shards(directory: Path) -> list[str]:

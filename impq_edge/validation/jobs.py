@@ -12,7 +12,7 @@ import numpy as np
 from impq_edge.validation import llama
 from impq_edge.validation.chat import try_chat
 from impq_edge.validation.divergence import measure_divergence
-from impq_edge.validation.latency import measure_speed
+from impq_edge.validation.latency import measure_speed, measure_times
 from impq_edge.validation.llama import Engine
 from impq_edge.validation.memory import anonymous_bytes, fill_context, peak_rss_bytes
 from impq_edge.validation.perplexity import measure_perplexity
@@ -92,6 +92,26 @@ def _continue(engine: Engine, limit_tokens: int) -> str:
     return OPENING + engine.text(engine.generate(opening, limit_tokens).tokens)
 
 
+def speeds(
+    progress: Progress,
+    *,
+    files: list[str],
+    settings: dict[str, Any],
+    prompt_tokens: int,
+    generated_tokens: int,
+    repetitions: int,
+    after_prompt: bool,
+) -> dict[str, Any]:
+    """Time one file after another, each loaded anew."""
+    times = []
+    for done, file in enumerate(files):
+        progress("speed", done, len(files))
+        with Engine(Path(file), RunSettings(**settings)) as engine:
+            found = measure_times(engine, prompt_tokens, generated_tokens, repetitions, after_prompt=after_prompt)
+        times.append(dataclasses.asdict(found))
+    return {"times": times}
+
+
 def describe(_progress: Progress) -> dict[str, Any]:
     """Say which llama.cpp this is and what it was built for."""
     return dataclasses.asdict(Build(llama.version(), llama_cpp.__version__, llama.system_info()))
@@ -110,6 +130,7 @@ JOBS: dict[str, Callable[..., dict[str, Any]]] = {
     "score": score,
     "compare": compare,
     "run": run,
+    "speeds": speeds,
     "describe": describe,
     "decode": decode,
 }
