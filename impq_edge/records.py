@@ -7,6 +7,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -117,13 +118,17 @@ def _toml_lines(table: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str
     for key, value in table.items():
         if key not in inner:
             assert isinstance(value, str | int | float), f"{key} is a {type(value).__name__}"
-            yield f"{_toml_text(key)} = {_toml_text(value)}"
+            yield f"{_toml_key(key)} = {_toml_text(value)}"
     for key, value in inner.items():
         name = (*path, key)
-        yield f"\n[{'.'.join(map(_toml_text, name))}]"
+        yield f"\n[{'.'.join(map(_toml_key, name))}]"
         yield from _toml_lines(value, name)
     if not path:
         yield ""
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_text(key)
 
 
 def _toml_text(value: str | int | float) -> str:

@@ -62,16 +62,15 @@ def compare(files: list[Path], name: str, rounds: int, repetitions: int) -> list
     settings = dataclasses.replace(
         device_settings(device, device.threads), context_tokens=max(prompt_tokens, GENERATED_TOKENS)
     )
-    job = {
-        "kind": "speeds", "settings": dataclasses.asdict(settings), "prompt_tokens": prompt_tokens,
-        "generated_tokens": GENERATED_TOKENS, "repetitions": repetitions, "after_prompt": False,
-    }  # fmt: skip
+    task = {"prompt_tokens": prompt_tokens, "generated_tokens": GENERATED_TOKENS, "repetitions": repetitions}
+    tasks = [{"file": str(file), **task} for file in files]
+    job = {"kind": "speeds", "settings": dataclasses.asdict(settings)}
     visits: list[list[Times]] = []
     with console.progress() as advance:
         for done in range(rounds):
             advance("rounds", done, rounds)
-            order = list(map(str, files)) if done % 2 == 0 else list(map(str, reversed(files)))
-            times = run_child({**job, "files": order}, timeout_s=TIMEOUT_S)["times"]
+            order = tasks if done % 2 == 0 else tasks[::-1]  # what drifts within a round cancels
+            times = run_child({**job, "tasks": order}, timeout_s=TIMEOUT_S)["times"]
             made = [Times.from_json(one) for one in times]
             visits.append(made if done % 2 == 0 else made[::-1])
         advance("rounds", rounds, rounds)

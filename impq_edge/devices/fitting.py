@@ -24,62 +24,76 @@ class Observation:
     types: TensorTypes
     prompt_tokens: int
     generated_tokens: int
-    prompt_s: float  # of the whole prompt
     generation_s: float  # per token, from an empty context
-    later_s: float  # per token, after the prompt
+    later_s: float | None = None  # per token, after the prompt; None: not timed, as in large models
+    prompt_s: float | None = None  # of the whole prompt
 
 
-def fit_speeds(observations: Sequence[Observation], device: DeviceProfile, spread: float) -> KernelSpeeds:
+def fit_speeds(
+    small: Sequence[Observation], large: Sequence[Observation], device: DeviceProfile, spread: float
+) -> KernelSpeeds:
     """Fit what everything costs.
 
     Parameters
     ----------
-    observations
-        Enough shapes of models to tell calls, operations, elements and attention apart, and every type in some.
+    small
+        Enough shapes of models to tell calls, operations, elements and attention apart, and every type in some; with
+        prompts.
+    large
+        Models too large for caches, one of each type; none where the small ones already are.
     device
         Its settings they were made with.
     spread
         Of the times, for the record.
 
-    The overheads of a batch are taken from generation, where they are a larger part of the time.
+    What operations cost is taken from generation, where they are a larger part of the time.
     """
-    works = [pair for one in observations for pair in _generation(one, device)]
-    kinds = sorted({kind for work, _ in works for kind in work.weights})
-    columns = [[work.calls, work.operations, work.elements, work.attended, *_row(work, kinds)] for work, _ in works]
-    times = np.array([seconds for _, seconds in works])
-    call_s, operation_s, *rest = _fit(np.array(columns, float), times, times)
+    timed = [pair for one in small for pair in _generation(one, device)]
+    kinds = sorted({kind for work, _ in timed for kind in work.weights})
+    columns = [[work.operations, *_row(work, kinds)] for work, _ in timed]
+    times = np.array([seconds for _, seconds in timed])
+    operation_s, *rest = _fit(np.array(columns, float), times, times)
     generation = _costs(rest, kinds)
-    nothing = TokenCosts(0.0, 0.0, dict.fromkeys(kinds, 0.0))
-    overheads = KernelSpeeds(call_s, operation_s, generation, nothing, 0.0, 0.0, spread)
+    nothing = TokenCosts(0.0, 0.0, 0.0, dict.fromkeys(kinds, 0.0))
+    found = KernelSpeeds(operation_s, generation, nothing, 0.0, 0.0, spread)
+    ratios = [work.seconds(found, generation) / seconds for work, seconds in timed]
 
-    prompts = [prompt_work(one.spec, one.types, device, one.prompt_tokens) for one in observations]
-    known = np.array([prompt_seconds(overheads, *both) for both in prompts])
-    columns = [[together.elements, together.attended, *_row(together, kinds)] for together, _ in prompts]
-    measured = np.array([one.prompt_s for one in observations])
-    prompt = _costs(_fit(np.array(columns, float), measured - known, measured), kinds)
-    found = dataclasses.replace(overheads, prompt=prompt)
-    return dataclasses.replace(
-        found,
-        generation_error=_error([work.seconds(found, generation) / seconds for work, seconds in works]),
-        prompt_error=_error(
-            [prompt_seconds(found, *both) / seconds for both, seconds in zip(prompts, measured, strict=True)]
-        ),
-    )
+    prompts = [(one.prompt_s, prompt_work(one.spec, one.types, device, one.prompt_tokens)) for one in small]
+    measured = np.array([seconds for seconds, _ in prompts], float)
+    known = np.array([prompt_seconds(found, *both) for _, both in prompts])
+    columns = [_row(together, kinds) for _, (together, _) in prompts]
+    found = dataclasses.replace(found, prompt=_costs(_fit(np.array(columns, float), measured - known, measured), kinds))
+    predicted = np.array([prompt_seconds(found, *both) for _, both in prompts])
+
+    timed = [pair for one in large for pair in _generation(one, device)]
+    if timed:
+        columns = [[work.weights.get(kind, 0) for kind in kinds] for work, _ in timed]
+        times = np.array([seconds for _, seconds in timed])
+        bare = dataclasses.replace(generation, weight_s=nothing.weight_s)
+        known = np.array([work.seconds(found, bare) for work, _ in timed])
+        values = dict(zip(kinds, _fit(np.array(columns, float), times - known, times), strict=True))
+        of_large = dataclasses.replace(generation, weight_s=values)
+        ratios += [work.seconds(found, of_large) / seconds for work, seconds in timed]
+        found = dataclasses.replace(found, generation=dataclasses.replace(generation, large_weight_s=values))
+    errors = {"generation_error": _error(ratios), "prompt_error": _error((predicted / measured).tolist())}
+    return dataclasses.replace(found, **errors)
 
 
 def _generation(one: Observation, device: DeviceProfile) -> list[tuple[Work, float]]:
+    timed = ((0, one.generation_s), (one.prompt_tokens, one.later_s))
     return [
         (generation_work(one.spec, one.types, device, one.generated_tokens, depth), seconds)
-        for depth, seconds in ((0, one.generation_s), (one.prompt_tokens, one.later_s))
+        for depth, seconds in timed
+        if seconds is not None
     ]
 
 
 def _row(work: Work, kinds: Sequence[TensorType]) -> list[float]:
-    return [work.weights.get(kind, 0) for kind in kinds]
+    return [work.calls, work.elements, work.attended, *(work.weights.get(kind, 0) for kind in kinds)]
 
 
 def _costs(values: Sequence[float], kinds: Sequence[TensorType]) -> TokenCosts:
-    return TokenCosts(values[0], values[1], dict(zip(kinds, values[2:], strict=True)))
+    return TokenCosts(*values[:3], dict(zip(kinds, values[3:], strict=True)))
 
 
 def _fit(columns: NDArray[np.float64], target: NDArray[np.float64], scale: NDArray[np.float64]) -> list[float]:

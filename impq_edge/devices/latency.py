@@ -6,13 +6,15 @@ A token takes llama.cpp on a CPU
     + elements × element_s + attended × attention_s                  what is computed besides the matrices
     + Σ over matrices of weights × weight_s[type of the matrix]      reading and multiplying them
 
-and a token of a batch has its own ``element_s``, ``attention_s`` and ``weight_s``. Everything is linear in the types
-of the matrices, so that a speed can be asked of an allocation. Head and last feed-forward are computed for tokens
-with outputs alone, which of a prompt is the last. The seconds are a device's measured ones
-(:class:`~impq_edge.devices.speeds.MeasuredSpeeds`); without them only the reading of the weights is counted.
+and a batch of tokens has costs of its own, but for ``operation_s``. Everything is linear in the types of the matrices,
+so that a speed can be asked of an allocation. Head and last feed-forward are computed for tokens with outputs alone,
+which of a prompt is the last. Caches make a small model's weights cheaper to read, token by token, than a large one's:
+``weight_s`` goes from the one to the other with the logarithm of the number of weights. The seconds are a device's
+measured ones (:class:`~impq_edge.devices.speeds.MeasuredSpeeds`); without them only reading the weights is counted.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
@@ -85,12 +87,9 @@ class Work:
 
     def seconds(self, speeds: KernelSpeeds, costs: TokenCosts) -> float:
         """Return how long that takes."""
-        multiplied = sum(count * costs.weight_s[kind] for kind, count in self.weights.items())
-        return self.calls * speeds.call_s + self.operations * speeds.operation_s + self.tokens_s(costs) + multiplied
-
-    def tokens_s(self, costs: TokenCosts) -> float:
-        """Return how long the tokens take apart from the matrices."""
-        return self.elements * costs.element_s + self.attended * costs.attention_s
+        overheads = self.calls * costs.call_s + self.operations * speeds.operation_s
+        computed = self.elements * costs.element_s + self.attended * costs.attention_s
+        return overheads + computed + sum(count * costs.weight_s[kind] for kind, count in self.weights.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +124,7 @@ def predict_speeds(spec: ModelSpec, types: TensorTypes, device: DeviceProfile, *
     used = {types[tensor.gguf_name] for tensor in read_tensors(spec)}
     costs = generation_costs(spec, device, used, kv_type=kv_type)
     generation = costs.rate(costs.token_s(spec, types))
-    speeds = kernel_speeds(device)
+    speeds = kernel_speeds(device, spec)
     if costs.basis != "formats" or speeds is None:
         return Speeds(generation, None, costs.basis)
     tokens = min(PROMPT_TOKENS, device.context_tokens)
@@ -134,11 +133,29 @@ def predict_speeds(spec: ModelSpec, types: TensorTypes, device: DeviceProfile, *
                   costs.basis)  # fmt: skip
 
 
-def kernel_speeds(device: DeviceProfile) -> KernelSpeeds | None:
-    """Return what was measured under the device's setting of ``use_extra_bufts``; None: nothing."""
+def kernel_speeds(device: DeviceProfile, spec: ModelSpec) -> KernelSpeeds | None:
+    """Return what was measured under the device's setting of ``use_extra_bufts``, for a model of that size, or None."""
     if device.speed is None:
         return None
-    return device.speed.repacked if device.use_extra_bufts else device.speed.plain
+    found = device.speed.repacked if device.use_extra_bufts else device.speed.plain
+    if found is None or found.generation.large_weight_s is None:
+        return found
+    return at_size(found, model_size(spec), device.speed.small_weights, device.speed.large_weights)
+
+
+def model_size(spec: ModelSpec) -> int:
+    """Return the number of weights that a generated token reads."""
+    return sum(tensor.weights for tensor in read_tensors(spec))
+
+
+def at_size(speeds: KernelSpeeds, weights: int, small_weights: int, large_weights: int) -> KernelSpeeds:
+    """Return the costs of models of that many weights, between those of small and of large ones."""
+    costs = speeds.generation
+    large = costs.large_weight_s or costs.weight_s
+    share = math.log(weights / small_weights) / math.log(large_weights / small_weights)
+    share = min(1.0, max(0.0, share))
+    between = {kind: (1 - share) * cost + share * large.get(kind, cost) for kind, cost in costs.weight_s.items()}
+    return dataclasses.replace(speeds, generation=dataclasses.replace(costs, weight_s=between, large_weight_s=None))
 
 
 def generation_costs(
@@ -148,7 +165,7 @@ def generation_costs(
 
     From measured speeds where they know every type in ``used``, else from a bandwidth, measured or theoretical.
     """
-    speeds = kernel_speeds(device)
+    speeds = kernel_speeds(device, spec)
     if speeds is not None and used <= speeds.generation.weight_s.keys():
         work = generation_work(spec, {}, device, GENERATED_TOKENS)
         fixed_s = work.seconds(speeds, speeds.generation)

@@ -10,18 +10,21 @@ from impq_edge.records import STRICT
 
 Seconds = Annotated[float, pydantic.Field(ge=0, lt=1e3)]
 Share = Annotated[float, pydantic.Field(ge=0, lt=10)]
+Count = Annotated[int, pydantic.Field(strict=True, gt=0, lt=2**50)]
 Natural = Annotated[int, pydantic.Field(strict=True, ge=0, lt=2**50)]
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenCosts:
-    """What one token costs, per unit of work."""
+    """What is done costs, per unit of work."""
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
+    call_s: Seconds  # per batch
     element_s: Seconds  # per element that an operation writes
     attention_s: Seconds  # per dimension of a query head and token that it attends to
     weight_s: dict[TensorType, Seconds]  # per weight of a matrix
+    large_weight_s: dict[TensorType, Seconds] | None = None  # the same in a large model; None: as in a small one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +33,7 @@ class KernelSpeeds:
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
-    call_s: Seconds  # per batch
-    operation_s: Seconds  # per operation of its graph
+    operation_s: Seconds  # per operation of a batch's graph
     generation: TokenCosts  # of tokens one at a time
     prompt: TokenCosts  # of tokens in a batch
     generation_error: Share  # root mean square of fitted over measured times, less 1
@@ -54,8 +56,8 @@ class MeasuredSpeeds:
     flash_attention: bool
     prompt_tokens: Natural
     rounds: Natural
-    smallest_file_bytes: Natural
-    largest_file_bytes: Natural
+    small_weights: Count  # that a token reads, in models whose costs are weight_s
+    large_weights: Count  # and large_weight_s
     cache_bytes: Natural = 0  # of the last-level cache; 0 where the system does not say
     plain: KernelSpeeds | None = None  # use_extra_bufts off
     repacked: KernelSpeeds | None = None  # and on; None where llama.cpp dies of it

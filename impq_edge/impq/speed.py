@@ -27,7 +27,7 @@ class TokenTime:
         self, spec: ModelSpec, device: DeviceProfile, used: set[TensorType], kv_type: str, min_tok_per_s: float
     ) -> None:
         self.costs: GenerationCosts = generation_costs(spec, device, used, kv_type=kv_type)
-        speeds = kernel_speeds(device)
+        speeds = kernel_speeds(device, spec)
         if speeds is not None and not used <= speeds.generation.weight_s.keys():
             missing = ", ".join(sorted(used - speeds.generation.weight_s.keys()))
             raise AllocationError(

@@ -1,8 +1,10 @@
 """The stage: a device profile on the device itself → the same with measured speeds.
 
 Models of random weights are timed in turns, so that a machine that slows down slows all of them, and medians are
-fitted. Every format appears in a wide model and in a deep, narrow one; a few more of one format have many heads, a
-large vocabulary or few blocks, so that overheads, attention and elements can be told apart.
+fitted. Every format appears in a wide model and in a deep, narrow one; two more have many heads or almost nothing but
+a large vocabulary, so that overheads, attention and elements can be told apart. All have about as many weights, so
+that caches serve all alike: where they fit the last-level cache, a large model of every format follows, whose tokens
+alone are timed.
 """
 
 import dataclasses
@@ -40,9 +42,10 @@ _GENERATED_TOKENS = 32
 _REPETITIONS = 2  # each time a file is loaded, after a warm-up
 _LEAST_ROUNDS, _MOST_ROUNDS = 3, 12
 _TIMEOUT_S = 3600.0
-# Weights of a model: more than the last-level cache holds, because real models are, where that takes less than
-# _MOST_WEIGHTS; caches of servers are larger, and then models of any size of interest fit them.
+# Weights of a model: more than the last-level cache holds where that takes less than _MOST_WEIGHTS; else few, and a
+# large model follows.
 _USUAL_WEIGHTS, _MOST_WEIGHTS = 12_000_000, 64_000_000
+_LARGE_WEIGHTS = 128_000_000
 _BEYOND_CACHE = 1.5
 _OF_FREE_MEMORY = 0.25  # for all files, which should stay in the page cache
 _OVERHEAD_TYPE = TensorType.Q8_0
@@ -54,6 +57,7 @@ class Trial:
 
     spec: ModelSpec
     types: TensorTypes
+    large: bool = False  # no prompt is timed, which would take long and tell nothing
 
     @property
     def file_bytes(self) -> int:
@@ -89,6 +93,7 @@ def calibrate(
     force: bool = False,
     types: Sequence[TensorType] = TYPES,
     weights: int | None = None,
+    large_weights: int | None = None,
     say: Callable[[str], None] = lambda _: None,
     progress: Progress = lambda _stage, _done, _total: None,
 ) -> DeviceProfile:
@@ -104,8 +109,8 @@ def calibrate(
         How long to measure; three rounds are made in any case.
     force
         Whether to trust that this machine is the device.
-    types, weights
-        Formats to measure, and weights of each model; chosen for the machine by default.
+    types, weights, large_weights
+        Formats to measure, and weights of each model; chosen for the machine by default, 0 for no large ones.
     say
         Told what is going to happen.
 
@@ -118,7 +123,9 @@ def calibrate(
     _require_device(device, force)
     prompt_tokens = min(PROMPT_TOKENS, device.context_tokens)
     context = max(device.context_tokens, prompt_tokens + _GENERATED_TOKENS)
-    trials = plan_trials(types, weights or _weights_of(types), context)
+    small, large = _sizes(types)
+    weights, large_weights = weights or small, large if large_weights is None else large_weights
+    trials = plan_trials(types, weights, context, large_weights)
     folder = out.with_name(f".{out.name}.models")
     _require_room(trials, out, folder)
     build = Build(**run_child({"kind": "describe"}, timeout_s=_TIMEOUT_S))
@@ -131,33 +138,36 @@ def calibrate(
     request = sha256_json([build.system_info, build.llama_cpp, dataclasses.asdict(settings), repr(trials)])
     try:
         files = _written(trials, folder, progress)
-        turns = _measured(files, settings, prompt_tokens, out, request, device, 60 * minutes, say, progress)
+        tasks = [_task(file, trial, prompt_tokens) for file, trial in zip(files, trials, strict=True)]
+        turns = _measured(tasks, settings, out, request, device, 60 * minutes, say, progress)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    speed = _speeds(device, settings, build, trials, turns, prompt_tokens)
+    sizes = (weights, large_weights or weights)
+    speed = _speeds(device, settings, build, trials, turns, prompt_tokens, sizes)
     _save(given, speed, out)
     _journal(out).unlink(missing_ok=True)
     return dataclasses.replace(device, speed=speed)
 
 
-def plan_trials(types: Sequence[TensorType], weights: int, context: int) -> tuple[Trial, ...]:
-    """Return the models to time, of about that many weights in their blocks."""
+def plan_trials(types: Sequence[TensorType], weights: int, context: int, large_weights: int = 0) -> tuple[Trial, ...]:
+    """Return the models to time, of about that many weights."""
     trials = []
 
     def add(name: str, kind: TensorType, blocks: float, vocabulary: int = 256, **shape: int) -> None:
         hyper = llama_shape(blocks=max(2, round(blocks)), head_dim=64, vocabulary=vocabulary, context=context, **shape)
         spec = model_of(f"{name}-{kind}", hyper)
-        trials.append(Trial(spec, {tensor.gguf_name: kind for tensor in spec.tensors}))
+        trials.append(Trial(spec, {tensor.gguf_name: kind for tensor in spec.tensors}, name == "large"))
 
-    wide_block, deep_block = 5_767_168, 786_432
+    wide_block, deep_block = 3_932_160, 786_432  # weights
     for kind in types:
-        add("wide", kind, weights / wide_block, hidden=1024, ffn=1024, heads=16, kv_heads=4)
+        add("wide", kind, weights / wide_block, hidden=1024, ffn=1024, heads=4, kv_heads=2)
         add("deep", kind, weights / deep_block, hidden=256, ffn=768, heads=4, kv_heads=2)
     kind = _OVERHEAD_TYPE if _OVERHEAD_TYPE in types else types[0]
-    few = weights / deep_block / 4
-    add("short", kind, few, hidden=256, ffn=768, heads=4, kv_heads=2)
-    add("heads", kind, few, hidden=256, ffn=256, heads=16, kv_heads=8)
-    add("vocabulary", kind, 2, hidden=256, ffn=256, heads=4, kv_heads=2, vocabulary=min(32768, weights // 512))
+    heads_block = 983_040
+    add("heads", kind, weights / heads_block, hidden=256, ffn=256, heads=16, kv_heads=8)
+    add("vocabulary", kind, 2, hidden=256, ffn=256, heads=4, kv_heads=2, vocabulary=weights // 256)
+    for kind in types if large_weights else ():
+        add("large", kind, large_weights / wide_block, hidden=1024, ffn=1024, heads=4, kv_heads=2)
     return tuple(trials)
 
 
@@ -175,16 +185,19 @@ def _require_device(device: DeviceProfile, force: bool) -> None:
         )
 
 
-def _weights_of(types: Sequence[TensorType]) -> int:
-    """Choose the size of the models by cache and memory."""
-    least_bytes = min(kind.bits_per_weight for kind in types) / 8
-    beyond_cache = round(_BEYOND_CACHE * cache_bytes() / least_bytes)
-    wanted = max(_USUAL_WEIGHTS, beyond_cache) if beyond_cache <= _MOST_WEIGHTS else _USUAL_WEIGHTS
+def _sizes(types: Sequence[TensorType]) -> tuple[int, int]:
+    """Choose the weights of small models and of large ones, 0 for none, by cache and memory."""
+    bytes_per_weight = [kind.bits_per_weight / 8 for kind in types]
+    beyond_cache = round(_BEYOND_CACHE * cache_bytes() / min(bytes_per_weight))
+    small, large = max(_USUAL_WEIGHTS, beyond_cache), 0
+    if beyond_cache > _MOST_WEIGHTS:
+        small, large = _USUAL_WEIGHTS, _LARGE_WEIGHTS
     free_bytes = available_memory_bytes()
     if free_bytes is None:
-        return wanted
-    all_bytes = 2.2 * sum(kind.bits_per_weight / 8 for kind in types)  # per weight: two models and a little
-    return min(wanted, round(_OF_FREE_MEMORY * free_bytes / all_bytes))
+        return small, large
+    most = round(_OF_FREE_MEMORY * free_bytes / sum(bytes_per_weight))  # of one model of every type
+    large = min(large, most - 3 * small)  # of the small ones there are two, and a few
+    return min(small, most // 3), large if large > 4 * small else 0
 
 
 def _require_room(trials: Sequence[Trial], out: Path, folder: Path) -> None:
@@ -211,14 +224,20 @@ def _written(trials: Sequence[Trial], folder: Path, progress: Progress) -> list[
     return files
 
 
+def _task(file: str, trial: Trial, prompt_tokens: int) -> dict[str, Any]:
+    return {
+        "file": file, "generated_tokens": _GENERATED_TOKENS, "repetitions": _REPETITIONS,
+        "prompt_tokens": 0 if trial.large else prompt_tokens, "after_prompt": not trial.large,
+    }  # fmt: skip
+
+
 def _journal(out: Path) -> Path:
     return out.with_name(f"{out.name}.measurements.json")
 
 
 def _measured(
-    files: list[str],
+    tasks: list[dict[str, Any]],
     settings: RunSettings,
-    prompt_tokens: int,
     out: Path,
     request: str,
     device: DeviceProfile,
@@ -242,15 +261,13 @@ def _measured(
         rounds = _rounds(done.turns, elapsed / made if made else None, limit_s, len(variants))
         if count >= rounds:
             return [turn for turn in done.turns if turn.use_extra_bufts in variants]
-        total = rounds * len(variants) * len(files)
-        at = len(done.turns) * len(files)
+        total = rounds * len(variants) * len(tasks)
+        at = len(done.turns) * len(tasks)
         job: dict[str, Any] = {
             "kind": "speeds",
-            "files": files if count % 2 == 0 else files[::-1],  # what drifts within a turn cancels
+            "tasks": tasks if count % 2 == 0 else tasks[::-1],  # what drifts within a turn cancels
             "settings": dataclasses.asdict(dataclasses.replace(settings, use_extra_bufts=variant)),
-            "prompt_tokens": prompt_tokens, "generated_tokens": _GENERATED_TOKENS, "repetitions": _REPETITIONS,
-            "after_prompt": True,
-        }  # fmt: skip
+        }
         try:
             found = run_child(job, timeout_s=_TIMEOUT_S, progress=_counted(progress, at, total))
         except ValidationError as error:
@@ -289,6 +306,7 @@ def _speeds(
     trials: Sequence[Trial],
     turns: Sequence[Turn],
     prompt_tokens: int,
+    sizes: tuple[int, int],
 ) -> MeasuredSpeeds:
     fitted = {
         variant: _fitted(
@@ -296,13 +314,12 @@ def _speeds(
         )
         for variant in {turn.use_extra_bufts for turn in turns}
     }
-    sizes = [trial.file_bytes for trial in trials]
     return MeasuredSpeeds(
         llama_cpp=build.llama_cpp, llama_cpp_python=build.llama_cpp_python, system_info=build.system_info.strip(),
         cpu=cpu_name(), threads=settings.threads, ubatch_tokens=settings.ubatch_tokens,
         flash_attention=settings.flash_attention, prompt_tokens=prompt_tokens,
         rounds=min(sum(turn.use_extra_bufts == variant for turn in turns) for variant in fitted),
-        smallest_file_bytes=min(sizes), largest_file_bytes=max(sizes), cache_bytes=cache_bytes(),
+        small_weights=sizes[0], large_weights=sizes[1], cache_bytes=cache_bytes(),
         plain=fitted.get(False), repacked=fitted.get(True),
     )  # fmt: skip
 
@@ -311,17 +328,18 @@ def _fitted(
     device: DeviceProfile, trials: Sequence[Trial], rounds: Sequence[Sequence[Times]], prompt_tokens: int
 ) -> KernelSpeeds:
     """Fit the medians over all rounds."""
-    observations, spreads = [], []
+    observations: dict[bool, list[Observation]] = {False: [], True: []}
+    spreads = []
     for trial, visits in zip(trials, zip(*rounds, strict=True), strict=True):
-        samples = [
-            [seconds for visit in visits for seconds in visit.prompt_s],
-            [seconds / _GENERATED_TOKENS for visit in visits for seconds in visit.generation_s],
-            [seconds / _GENERATED_TOKENS for visit in visits for seconds in visit.later_s],
-        ]
-        spreads += [_spread(seconds) for seconds in samples]
-        medians = map(statistics.median, samples)
-        observations.append(Observation(trial.spec, trial.types, prompt_tokens, _GENERATED_TOKENS, *medians))
-    return fit_speeds(observations, device, statistics.median(spreads))
+        each_s = [seconds / _GENERATED_TOKENS for visit in visits for seconds in visit.generation_s]
+        later_s = [seconds / _GENERATED_TOKENS for visit in visits for seconds in visit.later_s]
+        prompt_s = [seconds for visit in visits for seconds in visit.prompt_s]
+        spreads += [_spread(seconds) for seconds in (each_s, later_s, prompt_s) if seconds]
+        medians = [statistics.median(seconds) if seconds else None for seconds in (later_s, prompt_s)]
+        observations[trial.large].append(
+            Observation(trial.spec, trial.types, prompt_tokens, _GENERATED_TOKENS, statistics.median(each_s), *medians)
+        )
+    return fit_speeds(observations[False], observations[True], device, statistics.median(spreads))
 
 
 def _spread(seconds: Sequence[float]) -> float:

@@ -92,23 +92,13 @@ def _continue(engine: Engine, limit_tokens: int) -> str:
     return OPENING + engine.text(engine.generate(opening, limit_tokens).tokens)
 
 
-def speeds(
-    progress: Progress,
-    *,
-    files: list[str],
-    settings: dict[str, Any],
-    prompt_tokens: int,
-    generated_tokens: int,
-    repetitions: int,
-    after_prompt: bool,
-) -> dict[str, Any]:
-    """Time one file after another, each loaded anew."""
+def speeds(progress: Progress, *, tasks: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
+    """Time one file after another, each loaded anew; a task is a file and arguments of :func:`measure_times`."""
     times = []
-    for done, file in enumerate(files):
-        progress("speed", done, len(files))
-        with Engine(Path(file), RunSettings(**settings)) as engine:
-            found = measure_times(engine, prompt_tokens, generated_tokens, repetitions, after_prompt=after_prompt)
-        times.append(dataclasses.asdict(found))
+    for done, task in enumerate(tasks):
+        progress("speed", done, len(tasks))
+        with Engine(Path(task.pop("file")), RunSettings(**settings)) as engine:
+            times.append(dataclasses.asdict(measure_times(engine, **task)))
     return {"times": times}
 
 

@@ -42,19 +42,21 @@ def measure_times(
     after_prompt: bool = False,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Times:
-    """Time prompts and generations from an empty context and, if asked to, generations that follow the prompt."""
+    """Time prompts, if they have tokens, and generations from an empty context and, if asked to, after the prompt."""
     ids = np.random.default_rng(0).integers(
         engine.vocabulary, size=max(prompt_tokens, generated_tokens), dtype=np.int32
     )
     generated = ids[:generated_tokens]
     engine.clear()
-    engine.decode(ids[:prompt_tokens])
-    engine.clear()
+    if prompt_tokens:
+        engine.decode(ids[:prompt_tokens])
+        engine.clear()
     _one_by_one(engine, ids[: min(WARM_UP_TOKENS, generated_tokens)])
     prompts_s, generations_s, later_s = [], [], []
     for repetition in range(repetitions):
         engine.clear()  # outside the clock: it also zeroes the cache
-        prompts_s.append(_seconds(lambda: engine.decode(ids[:prompt_tokens])))
+        if prompt_tokens:
+            prompts_s.append(_seconds(lambda: engine.decode(ids[:prompt_tokens])))
         if after_prompt:
             later_s.append(_seconds(lambda: _one_by_one(engine, generated)))
         engine.clear()
