@@ -18,7 +18,8 @@ HEAVY = {"torch": {"model/load.py", "backends", "spqe", "conversion/calibrated.p
          "transformers": {"model/load.py"}, "llama_cpp": {"validation"}, "rich": {"console.py"},
          "typer": {"cli.py"}, "click": set()}  # fmt: skip
 BASE = ["impq_edge", "impq_edge.cli", "impq_edge.devices.memory", "impq_edge.model.spec", "impq_edge.model.recipe",
-        "impq_edge.validation.validate", "impq_edge.validation.doctor"]  # fmt: skip
+        "impq_edge.validation.validate", "impq_edge.validation.doctor", "impq_edge.validation.calibration",
+        "impq_edge.validation.shapes"]  # fmt: skip
 
 
 def imports(path: Path, *, of_types: bool = True) -> set[str]:

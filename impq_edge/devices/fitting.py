@@ -50,11 +50,12 @@ def fit_speeds(
     """
     timed = [pair for one in small for pair in _generation(one, device)]
     kinds = sorted({kind for work, _ in timed for kind in work.weights})
-    columns = [[work.operations, *_row(work, kinds)] for work, _ in timed]
+    # Of one token, elements take too little time to be told from operations, and would only carry their noise.
+    columns = [[work.operations, *_row(dataclasses.replace(work, elements=0), kinds)] for work, _ in timed]
     times = np.array([seconds for _, seconds in timed])
     operation_s, *rest = _fit(np.array(columns, float), times, times)
     generation = _costs(rest, kinds)
-    nothing = TokenCosts(0.0, 0.0, 0.0, dict.fromkeys(kinds, 0.0))
+    nothing = TokenCosts(0.0, 0.0, 0.0, 0.0, dict.fromkeys(kinds, 0.0))
     found = KernelSpeeds(operation_s, generation, nothing, 0.0, 0.0, spread)
     ratios = [work.seconds(found, generation) / seconds for work, seconds in timed]
 
@@ -89,11 +90,11 @@ def _generation(one: Observation, device: DeviceProfile) -> list[tuple[Work, flo
 
 
 def _row(work: Work, kinds: Sequence[TensorType]) -> list[float]:
-    return [work.calls, work.elements, work.attended, *(work.weights.get(kind, 0) for kind in kinds)]
+    return [work.calls, work.elements, work.attended, work.capped, *(work.weights.get(kind, 0) for kind in kinds)]
 
 
 def _costs(values: Sequence[float], kinds: Sequence[TensorType]) -> TokenCosts:
-    return TokenCosts(*values[:3], dict(zip(kinds, values[3:], strict=True)))
+    return TokenCosts(*values[:4], dict(zip(kinds, values[4:], strict=True)))
 
 
 def _fit(columns: NDArray[np.float64], target: NDArray[np.float64], scale: NDArray[np.float64]) -> list[float]:

@@ -3,7 +3,7 @@
 A token takes llama.cpp on a CPU
 
     calls × call_s + operations × operation_s                        threads that start and wait for one another
-    + elements × element_s + attended × attention_s                  what is computed besides the matrices
+    + elements × element_s + attended × attention_s + capped × softcap_s      computed besides the matrices
     + Σ over matrices of weights × weight_s[type of the matrix]      reading and multiplying them
 
 and a batch of tokens has costs of its own, but for ``operation_s``. Everything is linear in the types of the matrices,
@@ -83,12 +83,14 @@ class Work:
     operations: float
     elements: float
     attended: float
+    capped: float
     weights: dict[TensorType, int]
 
     def seconds(self, speeds: KernelSpeeds, costs: TokenCosts) -> float:
         """Return how long that takes."""
         overheads = self.calls * costs.call_s + self.operations * speeds.operation_s
         computed = self.elements * costs.element_s + self.attended * costs.attention_s
+        computed += self.capped * costs.softcap_s
         return overheads + computed + sum(count * costs.weight_s[kind] for kind, count in self.weights.items())
 
 
@@ -190,8 +192,9 @@ def generation_work(
     hyper = spec.hyperparameters
     cells = -(-(depth_tokens + tokens) // CELL_GROUP) * CELL_GROUP
     size = graph_size(hyper, GraphShape(1, 1, cells, cells, device.flash_attention, device.kv_type != "f16"))
-    attended = _attended(hyper, range(depth_tokens, depth_tokens + tokens)) / tokens
-    return Work(1, size.operations, size.elements, attended, _weights(read_tensors(spec), types))
+    seen = _seen(hyper, range(depth_tokens, depth_tokens + tokens)) / tokens
+    weights = _weights(read_tensors(spec), types)
+    return Work(1, size.operations, size.elements, seen * hyper.head_dim, _capped(hyper, seen), weights)
 
 
 def prompt_work(spec: ModelSpec, types: TensorTypes, device: DeviceProfile, tokens: int) -> tuple[Work, Work]:
@@ -204,9 +207,16 @@ def prompt_work(spec: ModelSpec, types: TensorTypes, device: DeviceProfile, toke
     batched = [tensor for tensor in read_tensors(spec) if not _of_outputs(tensor, hyper)]
     alone = [tensor for tensor in read_tensors(spec) if _of_outputs(tensor, hyper)]
     weights = {kind: tokens * count for kind, count in _weights(batched, types).items()}
-    attended = _attended(hyper, range(tokens))
-    together = Work(batches, batches * size.operations, batches * size.elements, attended, weights)
-    return together, Work(0, 0, 0, 0, _weights(alone, types))
+    seen = _seen(hyper, range(tokens))
+    together = Work(
+        batches,
+        batches * size.operations,
+        batches * size.elements,
+        seen * hyper.head_dim,
+        _capped(hyper, seen),
+        weights,
+    )
+    return together, Work(0, 0, 0, 0, 0, _weights(alone, types))
 
 
 def prompt_seconds(speeds: KernelSpeeds, together: Work, alone: Work) -> float:
@@ -234,12 +244,16 @@ def _of_outputs(tensor: TensorSpec, hyper: HyperParameters) -> bool:
     return tensor.block is None or (tensor.block == hyper.n_blocks - 1 and ".ffn_" in tensor.gguf_name)
 
 
-def _attended(hyper: HyperParameters, positions: range) -> int:
-    """Return Σ over blocks and tokens of query dimensions × tokens seen, themselves included."""
+def _capped(hyper: HyperParameters, seen: float) -> float:
+    return 0.0 if hyper.attention_softcap is None else seen
+
+
+def _seen(hyper: HyperParameters, positions: range) -> int:
+    """Return Σ over blocks, heads and tokens of the tokens seen, themselves included."""
     seen = 0
     for window in (hyper.block_window(block) for block in range(hyper.n_blocks)):
         seen += sum(min(position + 1, window or position + 1) for position in positions)
-    return seen * hyper.n_heads * hyper.head_dim
+    return seen * hyper.n_heads
 
 
 def _shares(error: float, speeds: KernelSpeeds) -> tuple[float, float, float]:

@@ -21,8 +21,9 @@ class TokenCosts:
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     call_s: Seconds  # per batch
-    element_s: Seconds  # per element that an operation writes
+    element_s: Seconds  # per element that an operation writes; 0 in generation, see fitting
     attention_s: Seconds  # per dimension of a query head and token that it attends to
+    softcap_s: Seconds  # per head and token that it attends to, where attention is softcapped
     weight_s: dict[TensorType, Seconds]  # per weight of a matrix
     large_weight_s: dict[TensorType, Seconds] | None = None  # the same in a large model; None: as in a small one
 
@@ -61,3 +62,9 @@ class MeasuredSpeeds:
     cache_bytes: Natural = 0  # of the last-level cache; 0 where the system does not say
     plain: KernelSpeeds | None = None  # use_extra_bufts off
     repacked: KernelSpeeds | None = None  # and on; None where llama.cpp dies of it
+
+    def __post_init__(self) -> None:
+        """Check what no single field can."""
+        for kernels in (self.plain, self.repacked):
+            if kernels and kernels.generation.large_weight_s and self.small_weights >= self.large_weights:
+                raise ValueError(f"small_weights {self.small_weights} are not below large_weights {self.large_weights}")

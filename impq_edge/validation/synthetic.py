@@ -1,5 +1,6 @@
 """Models of random weights, for what does not depend on their values: their speed."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from impq_edge.records import sha256_json
 _POOL_ROWS = 16  # encoded for real and then repeated
 
 
+_SOFTCAPS = (50.0, 30.0)  # Gemma-2's, of attention and of the head
+
+
 def llama_shape(
     *, blocks: int, hidden: int, ffn: int, heads: int, kv_heads: int, head_dim: int, vocabulary: int, context: int
 ) -> HyperParameters:
@@ -29,6 +33,15 @@ def llama_shape(
     )  # fmt: skip
 
 
+def gemma_shape(**shape: int) -> HyperParameters:
+    """Return those of a Gemma-2, whose attention is softcapped, with windows of the whole context."""
+    attention, final = _SOFTCAPS
+    return dataclasses.replace(
+        llama_shape(**shape), architecture="gemma2", tied_embeddings=True, sliding_window=shape["context"],
+        attention_softcap=attention, final_softcap=final,
+    )  # fmt: skip
+
+
 def model_of(name: str, hyper: HyperParameters) -> ModelSpec:
     """Return the record of a model of that shape that lies nowhere."""
     tensors = tuple(tensor_named(name, shape) for name, shape in hyper.expected_shapes().items())
@@ -38,7 +51,7 @@ def model_of(name: str, hyper: HyperParameters) -> ModelSpec:
 def write_random(
     path: Path, spec: ModelSpec, types: TensorTypes, rows: Callable[[int, TensorType], NDArray[np.uint8]] | None = None
 ) -> None:
-    """Write a llama without a tokenizer.
+    """Write a llama or a Gemma-2 without a tokenizer.
 
     Parameters
     ----------
@@ -66,6 +79,10 @@ def write_random(
     writer.add_rope_dimension_count(hyper.head_dim)
     writer.add_layer_norm_rms_eps(hyper.rms_epsilon)
     writer.add_tokenizer_model("none")
+    if hyper.sliding_window and hyper.attention_softcap and hyper.final_softcap:
+        writer.add_sliding_window(hyper.sliding_window)
+        writer.add_attn_logit_softcapping(hyper.attention_softcap)
+        writer.add_final_logit_softcapping(hyper.final_softcap)
     pools: dict[tuple[int, TensorType], NDArray[np.uint8]] = {}
     for tensor in spec.tensors:
         if tensor.role == "vector":
