@@ -55,7 +55,7 @@ def fit_speeds(
     times = np.array([seconds for _, seconds in timed])
     operation_s, *rest = _fit(np.array(columns, float), times, times)
     generation = _costs(rest, kinds)
-    nothing = TokenCosts(0.0, 0.0, 0.0, 0.0, dict.fromkeys(kinds, 0.0))
+    nothing = TokenCosts(0.0, 0.0, 0.0, 0.0, 0.0, dict.fromkeys(kinds, 0.0))
     found = KernelSpeeds(operation_s, generation, nothing, 0.0, 0.0, spread)
     ratios = [work.seconds(found, generation) / seconds for work, seconds in timed]
 
@@ -76,8 +76,8 @@ def fit_speeds(
         of_large = dataclasses.replace(generation, weight_s=values)
         ratios += [work.seconds(found, of_large) / seconds for work, seconds in timed]
         found = dataclasses.replace(found, generation=dataclasses.replace(generation, large_weight_s=values))
-    errors = {"generation_error": _error(ratios), "prompt_error": _error((predicted / measured).tolist())}
-    return dataclasses.replace(found, **errors)
+    prompt_error = _error((predicted / measured).tolist())
+    return dataclasses.replace(found, generation_error=_error(ratios), prompt_error=prompt_error)
 
 
 def _generation(one: Observation, device: DeviceProfile) -> list[tuple[Work, float]]:
@@ -90,11 +90,13 @@ def _generation(one: Observation, device: DeviceProfile) -> list[tuple[Work, flo
 
 
 def _row(work: Work, kinds: Sequence[TensorType]) -> list[float]:
-    return [work.calls, work.elements, work.attended, work.capped, *(work.weights.get(kind, 0) for kind in kinds)]
+    each = (work.weights.get(kind, 0) for kind in kinds)
+    return [work.calls, work.elements, work.attended, work.scores, work.capped, *each]
 
 
 def _costs(values: Sequence[float], kinds: Sequence[TensorType]) -> TokenCosts:
-    return TokenCosts(*values[:4], dict(zip(kinds, values[4:], strict=True)))
+    call_s, element_s, attention_s, score_s, softcap_s, *each = values
+    return TokenCosts(call_s, element_s, attention_s, score_s, softcap_s, dict(zip(kinds, each, strict=True)))
 
 
 def _fit(columns: NDArray[np.float64], target: NDArray[np.float64], scale: NDArray[np.float64]) -> list[float]:

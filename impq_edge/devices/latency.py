@@ -3,7 +3,8 @@
 A token takes llama.cpp on a CPU
 
     calls × call_s + operations × operation_s                        threads that start and wait for one another
-    + elements × element_s + attended × attention_s + capped × softcap_s      computed besides the matrices
+    + elements × element_s                                           norms, activations and the like
+    + attended × attention_s + scores × score_s + capped × softcap_s
     + Σ over matrices of weights × weight_s[type of the matrix]      reading and multiplying them
 
 and a batch of tokens has costs of its own, but for ``operation_s``. Everything is linear in the types of the matrices,
@@ -83,6 +84,7 @@ class Work:
     operations: float
     elements: float
     attended: float
+    scores: float
     capped: float
     weights: dict[TensorType, int]
 
@@ -90,7 +92,7 @@ class Work:
         """Return how long that takes."""
         overheads = self.calls * costs.call_s + self.operations * speeds.operation_s
         computed = self.elements * costs.element_s + self.attended * costs.attention_s
-        computed += self.capped * costs.softcap_s
+        computed += self.scores * costs.score_s + self.capped * costs.softcap_s
         return overheads + computed + sum(count * costs.weight_s[kind] for kind, count in self.weights.items())
 
 
@@ -194,7 +196,7 @@ def generation_work(
     size = graph_size(hyper, GraphShape(1, 1, cells, cells, device.flash_attention, device.kv_type != "f16"))
     seen = _seen(hyper, range(depth_tokens, depth_tokens + tokens)) / tokens
     weights = _weights(read_tensors(spec), types)
-    return Work(1, size.operations, size.elements, seen * hyper.head_dim, _capped(hyper, seen), weights)
+    return Work(1, size.operations, size.elements, seen * hyper.head_dim, seen, _capped(hyper, seen), weights)
 
 
 def prompt_work(spec: ModelSpec, types: TensorTypes, device: DeviceProfile, tokens: int) -> tuple[Work, Work]:
@@ -208,15 +210,9 @@ def prompt_work(spec: ModelSpec, types: TensorTypes, device: DeviceProfile, toke
     alone = [tensor for tensor in read_tensors(spec) if _of_outputs(tensor, hyper)]
     weights = {kind: tokens * count for kind, count in _weights(batched, types).items()}
     seen = _seen(hyper, range(tokens))
-    together = Work(
-        batches,
-        batches * size.operations,
-        batches * size.elements,
-        seen * hyper.head_dim,
-        _capped(hyper, seen),
-        weights,
-    )
-    return together, Work(0, 0, 0, 0, 0, _weights(alone, types))
+    elements, attended = batches * size.elements, seen * hyper.head_dim
+    together = Work(batches, batches * size.operations, elements, attended, seen, _capped(hyper, seen), weights)
+    return together, Work(0, 0, 0, 0, 0, 0, _weights(alone, types))
 
 
 def prompt_seconds(speeds: KernelSpeeds, together: Work, alone: Work) -> float:

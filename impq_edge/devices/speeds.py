@@ -23,7 +23,8 @@ class TokenCosts:
     call_s: Seconds  # per batch
     element_s: Seconds  # per element that an operation writes; 0 in generation, see fitting
     attention_s: Seconds  # per dimension of a query head and token that it attends to
-    softcap_s: Seconds  # per head and token that it attends to, where attention is softcapped
+    score_s: Seconds  # per head and token that it attends to
+    softcap_s: Seconds  # per head and token that it attends to, more, where attention is softcapped
     weight_s: dict[TensorType, Seconds]  # per weight of a matrix
     large_weight_s: dict[TensorType, Seconds] | None = None  # the same in a large model; None: as in a small one
 

@@ -229,6 +229,7 @@ def summary(made: Build) -> dict[str, object]:
         "tensor_types": made.artifact.tensor_types,
         "player_bits": list(made.allocation.player_bits),
         "device": made.device.name,
+        "speeds": made.allocation.to_json()["speeds"],
         "objective": made.allocation.objective,
         "lower_bound": made.allocation.lower_bound,
         "validation": made.validation.to_json(),
@@ -285,7 +286,7 @@ def _tell_allocation(allocation: Allocation, say: Say) -> None:
             f"{allocation.predicted_file_bytes:,} bytes; proven optimal for the profile."
         )
     if allocation.speeds is not None:
-        say(f"{allocation.speeds.summary(allocation.device).capitalize()}.")
+        say(f"Speed {allocation.speeds.summary(allocation.device)}.")
 
 
 def _require_same_model(found: SensitivityProfile | LadderProfile, spec: ModelSpec, path: Path) -> None:

@@ -1,10 +1,10 @@
 """The stage: a device profile on the device itself → the same with measured speeds.
 
 Models of random weights are timed in turns, so that a machine that slows down slows all of them, and medians are
-fitted. Every format appears in a wide model and in a deep, narrow one; three more have many heads, softcapped
-attention, or next to no blocks, so that what else takes time can be told apart. All but the last have about as many
-weights, so that caches serve them alike: where they fit the last-level cache, a large model of every format follows,
-of which tokens alone are timed.
+fitted. Every format appears in a wide model and in a deep, narrow one; four more have many heads, large heads,
+softcapped attention, or next to no blocks, so that what else takes time can be told apart. All but the last have about
+as many weights, so that caches serve them alike: where they fit the last-level cache, a large model of every format
+follows, of which tokens alone are timed.
 """
 
 import dataclasses
@@ -155,7 +155,7 @@ def plan_trials(types: Sequence[TensorType], weights: int, context: int, large_w
 
     def add(name: str, kind: TensorType, blocks: float, **shape: int) -> None:
         make = gemma_shape if name == "softcap" else llama_shape
-        hyper = make(blocks=max(2, round(blocks)), head_dim=64, vocabulary=256, context=context, **shape)
+        hyper = make(blocks=max(2, round(blocks)), **{"head_dim": 64, "vocabulary": 256, "context": context, **shape})
         spec = model_of(f"{name}-{kind}", hyper)
         trials.append(Trial(spec, {tensor.gguf_name: kind for tensor in spec.tensors}, name == "large"))
 
@@ -166,6 +166,7 @@ def plan_trials(types: Sequence[TensorType], weights: int, context: int, large_w
     kind = _OVERHEAD_TYPE if _OVERHEAD_TYPE in types else types[0]
     heads_block = 983_040
     add("heads", kind, weights / heads_block, hidden=256, ffn=256, heads=16, kv_heads=8)
+    add("dimensions", kind, weights / heads_block, hidden=256, ffn=256, heads=4, kv_heads=2, head_dim=256)
     add("short", kind, 2, hidden=256, ffn=768, heads=4, kv_heads=2)
     add("softcap", kind, weights / deep_block, hidden=256, ffn=768, heads=4, kv_heads=2)
     for kind in types if large_weights else ():
