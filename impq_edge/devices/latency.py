@@ -36,7 +36,7 @@ PROMPT_TOKENS = 512
 """Speeds are those of llama-bench's tg128 and pp512: from an empty context."""
 
 # Of a bandwidth. A measured one is that of one file, and formats differ: against Q4_K, bytes per second of large models
-# were 0.75 (Q3_K) to 1.3 (F16) on one x86-64 core; boards differ too. Of a theoretical peak, llama.cpp reaches 0.26 on a
+# were 0.75 (Q3_K) to 1.3 (F16) on one x86-64 core, and so do boards. Of a theoretical peak, llama.cpp reaches 0.26 on a
 # Raspberry Pi 4 and 0.59 on a 5, the shipped devices for which both are known.
 _OF_MEASURED = (0.6, 1.0, 1.3)
 _OF_THEORETICAL = (0.25, 0.4, 0.65)
