@@ -27,7 +27,7 @@ from impq_edge.ggml.types import TensorType
 from impq_edge.model.recipe import TensorTypes, data_bytes
 from impq_edge.model.spec import ModelSpec
 from impq_edge.records import STRICT, Record, atomic_path, sha256_json, to_toml
-from impq_edge.validation.machine import available_memory_bytes, cache_bytes, cpu_name
+from impq_edge.validation.machine import cache_bytes, cpu_name
 from impq_edge.validation.process import Progress, run_child
 from impq_edge.validation.results import Build, Times
 from impq_edge.validation.settings import RunSettings
@@ -123,7 +123,7 @@ def calibrate(
     _require_device(device, force)
     prompt_tokens = min(PROMPT_TOKENS, device.context_tokens)
     context = max(device.context_tokens, prompt_tokens + _GENERATED_TOKENS)
-    small, large = _sizes(types)
+    small, large = _sizes(types, device)
     weights, large_weights = weights or small, large if large_weights is None else large_weights
     trials = plan_trials(types, weights, context, large_weights)
     folder = out.with_name(f".{out.name}.models")
@@ -135,7 +135,7 @@ def calibrate(
     total_bytes = sum(trial.file_bytes for trial in trials)
     say(f"This writes {len(trials)} models of {total_bytes / 2**20:,.0f} MiB beside {out} for as long as it runs, "
         f"and takes about {minutes:g} minutes.")  # fmt: skip
-    request = sha256_json([build.system_info, build.llama_cpp, dataclasses.asdict(settings), repr(trials)])
+    request = sha256_json([cpu_name(), build.system_info, build.llama_cpp, dataclasses.asdict(settings), repr(trials)])
     try:
         files = _written(trials, folder, progress)
         tasks = [_task(file, trial, prompt_tokens) for file, trial in zip(files, trials, strict=True)]
@@ -188,16 +188,17 @@ def _require_device(device: DeviceProfile, force: bool) -> None:
         )
 
 
-def _sizes(types: Sequence[TensorType]) -> tuple[int, int]:
-    """Choose the weights of small models and of large ones, 0 for none, by cache and memory."""
+def _sizes(types: Sequence[TensorType], device: DeviceProfile) -> tuple[int, int]:
+    """Choose the weights of small models and of large ones, 0 for none, by cache and memory.
+
+    By the profile's memory, not by what is free at the moment: a run that goes on must choose the same again.
+    """
     bytes_per_weight = [kind.bits_per_weight / 8 for kind in types]
     beyond_cache = round(_BEYOND_CACHE * cache_bytes() / min(bytes_per_weight))
     small, large = max(_USUAL_WEIGHTS, beyond_cache), 0
     if beyond_cache > _MOST_WEIGHTS:
         small, large = _USUAL_WEIGHTS, _LARGE_WEIGHTS
-    free_bytes = available_memory_bytes()
-    if free_bytes is None:
-        return small, large
+    free_bytes = device.memory_bytes - device.system_reserve_bytes
     most = round(_OF_FREE_MEMORY * free_bytes / sum(bytes_per_weight))  # of one model of every type
     large = min(large, most - 3 * small)  # of the small ones there are two, and a few
     return min(small, most // 3), large if large > 4 * small else 0
@@ -253,7 +254,8 @@ def _measured(
     done = Measurements(request)
     if journal.exists():
         kept = Measurements.load(journal)
-        done = kept if kept.request_sha256 == request else done
+        whole = all(len(turn.times) == len(tasks) and all(t.generation_s for t in turn.times) for turn in kept.turns)
+        done = kept if whole and kept.request_sha256 == request else done
     start, before = time.monotonic(), len(done.turns)
     variants = [False, True]
     while True:

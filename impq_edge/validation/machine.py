@@ -24,12 +24,6 @@ def cache_bytes(root: Path = Path("/")) -> int:
     return max(sizes)
 
 
-def available_memory_bytes(root: Path = Path("/")) -> int | None:
-    """Return the memory that new processes may take without swapping, None where the system does not say."""
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
-
-
 def _text(path: Path) -> str:
     try:
         return path.read_text("utf-8", errors="replace")
