@@ -8,7 +8,7 @@ import functools
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -127,6 +127,10 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of the draws.")]
 Context = Annotated[int | None, typer.Option(min=1, help="Tokens the KV cache must hold; the device's default.")]
 KvType = Annotated[cache.KvType | None, typer.Option(help="Type of the KV cache; the device's default.")]
 Budget = Annotated[str | None, typer.Option(help="Largest file, such as `900MiB`.")]
+MinTokensPerSecond = Annotated[
+    float | None,
+    typer.Option(min=0, help="Slowest generation; needs a device whose speed was measured, see calibrate-device."),
+]
 AverageBits = Annotated[str | None, typer.Option(help="Highest nominal bits of the blocks on average, 2 to 4.")]
 Alpha = Annotated[float, typer.Option(help="Damping of interactions: 0 none, 1 drops them; the paper: 0.5.")]
 HeadType = Annotated[Literal["q6_k", "q8_0", "q4_k", "f16"], typer.Option(help="Type of embedding and head.")]
@@ -238,6 +242,45 @@ def show_device(name: Annotated[str, typer.Argument(help="Name or TOML file.")],
     console.show_table(device.title, ["field", "value", "source"], _device_rows(device))
 
 
+@app.command("calibrate-device", epilog=_EPILOG)
+def calibrate_device(
+    device: Device,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The device profile to write, a TOML.")],
+    minutes: Annotated[
+        float, typer.Option(min=0, help="How long to measure; three rounds are made in any case.")
+    ] = 5.0,
+    force: Annotated[
+        bool, typer.Option("--force", help="This machine is the device, although it cannot be told.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure on a device how fast each format is, and write its profile with that. A killed run goes on.
+
+    Example: `impq-edge calibrate-device --device raspberry-pi-5 -o my-pi.toml`
+    """
+    from impq_edge.validation.calibration import calibrate
+
+    with console.progress() as advance:
+        made = calibrate(device, out, minutes=minutes, force=force, say=console.say, progress=advance)
+    assert made.speed is not None
+    if as_json:
+        console.show_json({"device": str(out), "speed": made.to_json()["speed"]})
+        return
+    kernels = {"plain": made.speed.plain, "repacked": made.speed.repacked}
+    found = {name: speeds for name, speeds in kernels.items() if speeds}
+    rows = [
+        [kind, *(f"{1e12 * costs.weight_s[kind]:.2f}" for k in found.values() for costs in (k.generation, k.prompt))]
+        for kind in next(iter(found.values())).generation.weight_s
+    ]
+    columns = ["format", *(f"{name}, {mode}" for name in found for mode in ("generation", "prompt"))]
+    console.show_table("Time per weight and token, 10⁻¹² s", columns, rows)
+    for name, speeds in found.items():
+        console.show_line(
+            f"{name}: {1e6 * speeds.operation_s:.2f} µs per operation; the fit is off by {speeds.generation_error:.1%} "
+            f"in generation and {speeds.prompt_error:.1%} in prompts, times spread by {speeds.spread:.1%}"
+        )
+
+
 @app.command(epilog=_EPILOG)
 def plan(
     model: Annotated[
@@ -327,6 +370,7 @@ def allocate(
     kv_type: KvType = None,
     budget: Budget = None,
     average_bits: AverageBits = None,
+    min_tokens_per_second: MinTokensPerSecond = None,
     alpha: Alpha = 0.5,
     head_type: HeadType = "q6_k",
     types: Annotated[
@@ -342,7 +386,8 @@ def allocate(
 
     made = stages.allocate(
         stages.load_profile(profile), device=device, context_tokens=context, kv_type=kv_type,
-        budget_bytes=_bytes(budget), average_bits=_fraction(average_bits), alpha=alpha, outer_type=head_type,
+        budget_bytes=_bytes(budget), average_bits=_fraction(average_bits),
+        min_generation_tok_per_s=min_tokens_per_second, alpha=alpha, outer_type=head_type,
         types=None if types is None else _types(types), out=out,
     )  # fmt: skip
     if as_json:
@@ -357,6 +402,8 @@ def allocate(
             else f"objective {made.objective:.6g} nats/token, optimal"
         )
     )
+    if made.speeds is not None:
+        console.show_line(made.speeds.summary(made.device))
 
 
 @app.command(epilog=_EPILOG)
@@ -529,6 +576,7 @@ def build(
     kv_type: KvType = None,
     budget: Budget = None,
     average_bits: AverageBits = None,
+    min_tokens_per_second: MinTokensPerSecond = None,
     alpha: Alpha = 0.5,
     head_type: HeadType = "q6_k",
     allow_fallback: AllowFallback = False,
@@ -548,7 +596,8 @@ def build(
         made = pipeline.build(
             device, out=out, model=model, revision=revision, game=game, encode=encode,
             sensitivity=Path(profile) if profile else None, context_tokens=context, kv_type=kv_type,
-            budget_bytes=_bytes(budget), average_bits=_fraction(average_bits), alpha=alpha, outer_type=head_type,
+            budget_bytes=_bytes(budget), average_bits=_fraction(average_bits),
+            min_generation_tok_per_s=min_tokens_per_second, alpha=alpha, outer_type=head_type,
             allow_fallback=allow_fallback, text=text, windows=windows,
             command=_command_line(), say=console.say, progress=advance,
         )  # fmt: skip
@@ -827,11 +876,15 @@ def _gpu(device: "DeviceProfile") -> str:
 def _device_rows(device: "DeviceProfile") -> list[list[str]]:
     shown = device.to_json()
     sources = shown.pop("sources")
-    nested = {
-        f"{key}.{inner}": v for key, value in shown.items() if isinstance(value, dict) for inner, v in value.items()
-    }
-    flat = {key: value for key, value in shown.items() if not isinstance(value, dict)} | nested
-    return [[key, str(value), sources.get(key.split(".")[0], "")] for key, value in flat.items() if value is not None]
+    return [[key, str(value), sources.get(key.split(".")[0], "")] for key, value in _flat(shown) if value is not None]
+
+
+def _flat(table: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}.{inner}", found) for inner, found in _flat(value))
+        else:
+            yield key, value
 
 
 def _seconds(text: str | None) -> float | None:

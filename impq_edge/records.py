@@ -7,8 +7,9 @@ import glob
 import hashlib
 import json
 import os
+import re
 import tomllib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -105,6 +106,34 @@ def load_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{path} is not TOML ({error}); correct that line.") from None
+
+
+def to_toml(data: Mapping[str, Any]) -> str:
+    """Return nested tables of texts, numbers and truth values as TOML; there is no TOML writer in Python itself."""
+    return "\n".join(_toml_lines(data, ()))
+
+
+def _toml_lines(table: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:
+    inner = {key: value for key, value in table.items() if isinstance(value, Mapping)}
+    for key, value in table.items():
+        if key not in inner:
+            assert isinstance(value, str | int | float), f"{key} is a {type(value).__name__}"
+            yield f"{_toml_key(key)} = {_toml_text(value)}"
+    for key, value in inner.items():
+        name = (*path, key)
+        yield f"\n[{'.'.join(map(_toml_key, name))}]"
+        yield from _toml_lines(value, name)
+    if not path:
+        yield ""
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_text(key)
+
+
+def _toml_text(value: str | int | float) -> str:
+    """JSON's texts and numbers are TOML's too, but for one control character."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def read_text(path: Path) -> str:

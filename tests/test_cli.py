@@ -145,6 +145,11 @@ def test_workers_without_ray_say_what_to_install(checkpoints: dict[str, Path], t
         (["validate", "pyproject.toml"], 3, "not a GGUF"),
         (["validate", "nothing.gguf"], 3, "does not exist"),
         (["inspect", "pyproject.toml"], 3, "not a GGUF"),
+        (["calibrate-device", *ON_PI, "-o", "OUT"], 3, "raspberry-pi-5"),
+        (["allocate", "tiny-llama3-kquant", *ON_PI, "--min-tokens-per-second", "1e5", "-o", "OUT"], 3,
+         "raspberry-pi-5 generates at most "),
+        (["allocate", "tiny-llama3-kquant", "--device", "laptop-16gb", "--min-tokens-per-second", "5", "-o", "OUT"], 3,
+         "run impq-edge calibrate-device on it"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_sentence(tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
@@ -198,6 +203,7 @@ def test_every_command_has_help_with_an_example() -> None:
         "inspect",
         "build",
         "doctor",
+        "calibrate-device",
     ):
         done = run(*command.split(), "--help")
         assert done.returncode == 0 and "Exit codes" in done.stdout

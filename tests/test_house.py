@@ -19,6 +19,7 @@ HEAVY = {"torch": {"model/load.py", "backends", "spqe", "conversion/calibrated.p
          "typer": {"cli.py"}, "click": set()}  # fmt: skip
 BASE = ["impq_edge", "impq_edge.cli", "impq_edge.devices.memory", "impq_edge.model.spec", "impq_edge.model.recipe",
         "impq_edge.stages.planning", "impq_edge.validation.validate", "impq_edge.validation.doctor",
+        "impq_edge.validation.calibration", "impq_edge.validation.shapes",
         "impq_edge.validation.remote.run"]  # fmt: skip
 
 

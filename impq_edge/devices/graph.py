@@ -36,6 +36,19 @@ def compute_buffer_bytes(hyper: HyperParameters, shape: GraphShape) -> int:
     return _decoder(hyper, shape).peak_bytes()
 
 
+@dataclasses.dataclass(frozen=True)
+class GraphSize:
+    """How much a graph does besides multiplying weights."""
+
+    operations: int  # each ends with all threads waiting for one another
+    elements: int  # written by them
+
+
+def graph_size(hyper: HyperParameters, shape: GraphShape) -> GraphSize:
+    """Return the number of operations that one batch takes, and of the elements they write."""
+    return _decoder(hyper, shape).size()
+
+
 @dataclasses.dataclass
 class _Tensor:
     size_bytes: int
@@ -78,6 +91,10 @@ class _Graph:
         for source in operation.sources:
             source.users += 1
         self._operations.append(operation)
+
+    def size(self) -> GraphSize:
+        written_bytes = sum(operation.result.size_bytes for operation in self._operations if operation.result)
+        return GraphSize(len(self._operations), written_bytes // _F32_BYTES)
 
     def peak_bytes(self) -> int:
         """Place every tensor as ``ggml_gallocr_reserve`` does and return the buffer's size (once per graph)."""

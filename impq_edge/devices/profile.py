@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar
 import pydantic
 
 from impq_edge.data import data_path
+from impq_edge.devices.speeds import MeasuredSpeeds
 from impq_edge.errors import DeviceError, RecordError
 from impq_edge.ggml.cache import KvType, is_quantised
 from impq_edge.records import STRICT, Record, load_toml, parse
@@ -91,6 +92,7 @@ class DeviceProfile(Record):
     gpu_memory_bytes: Bytes | None = None  # its own; None: it shares main memory, as on Jetson and Apple
     gpu_reserve_bytes: Bytes | None = None  # driver, kernels and, in its own memory, the desktop
     identify: Identity | None = None
+    speed: MeasuredSpeeds | None = None  # what impq-edge calibrate-device adds; None: not measured
     notes: str = ""
     sources: dict[str, str] = dataclasses.field(default_factory=dict)  # field → where its number comes from
 
@@ -109,12 +111,18 @@ class DeviceProfile(Record):
              "gpu_memory_bytes and gpu_reserve_bytes need gpu, which one it is"),
             (self.gpu_memory_bytes is not None and (self.gpu_reserve_bytes or 0) >= self.gpu_memory_bytes,
              "gpu_reserve_bytes leave nothing of gpu_memory_bytes"),
+            (self.speed is not None and not self._ran_as_now(self.speed),
+             "speed was measured with other threads, ubatch_tokens or flash_attention; run calibrate-device again"),
             (not known_isa, f"isa {self.isa!r} is not one of {_known_isas()}"),
             (bool(unknown := self.sources.keys() - {field.name for field in dataclasses.fields(self)}),
              f"sources names no field: {', '.join(sorted(unknown))}"),
         ):  # fmt: skip
             if wrong:
                 raise ValueError(sentence)
+
+    def _ran_as_now(self, speed: MeasuredSpeeds) -> bool:
+        wanted = (self.threads, self.ubatch_tokens, self.flash_attention)
+        return (speed.threads, speed.ubatch_tokens, speed.flash_attention) == wanted
 
     @property
     def architecture(self) -> str:
@@ -145,18 +153,19 @@ def load_device(name_or_path: str) -> DeviceProfile:
     DeviceError
         When no device has that name, the file is malformed, or a shipped number has no source.
     """
-    is_path = name_or_path.endswith(".toml") or os.sep in name_or_path or (os.altsep or os.sep) in name_or_path
-    if is_path:
-        return _parse(Path(name_or_path))[0]
-    if name_or_path not in device_names():
-        near = difflib.get_close_matches(name_or_path, device_names(), n=3, cutoff=0.4) or device_names()
-        raise DeviceError(f"No device is called {name_or_path!r}; use one of {', '.join(near)}, or the path of a TOML.")
-    path = data_path("devices", f"{name_or_path}.toml")
+    path = _path_of(name_or_path)
     profile, given = _parse(path)
+    if name_or_path not in device_names():
+        return profile
     unsourced = [key for key in _SOURCED if key in given and not profile.sources.get(key)]
     if unsourced:
         raise DeviceError(f"{path}: {', '.join(unsourced)} has no entry in [sources]; say where the number is from.")
     return profile
+
+
+def load_uncalibrated(name_or_path: str) -> tuple[DeviceProfile, dict[str, Any]]:
+    """Load a device without its measured speeds, which may be those of other settings, and its TOML's other fields."""
+    return _parse(_path_of(name_or_path), leave_out="speed")
 
 
 def is_this_machine(profile: DeviceProfile, root: Path = Path("/")) -> bool:
@@ -179,9 +188,19 @@ def is_this_machine(profile: DeviceProfile, root: Path = Path("/")) -> bool:
     return all(wanted.lower() in found.lower() for wanted, found in places if wanted is not None)
 
 
-def _parse(path: Path) -> tuple[DeviceProfile, dict[str, Any]]:
+def _path_of(name_or_path: str) -> Path:
+    if name_or_path.endswith(".toml") or os.sep in name_or_path or (os.altsep or os.sep) in name_or_path:
+        return Path(name_or_path)
+    if name_or_path not in device_names():
+        near = difflib.get_close_matches(name_or_path, device_names(), n=3, cutoff=0.4) or device_names()
+        raise DeviceError(f"No device is called {name_or_path!r}; use one of {', '.join(near)}, or the path of a TOML.")
+    return data_path("devices", f"{name_or_path}.toml")
+
+
+def _parse(path: Path, leave_out: str = "") -> tuple[DeviceProfile, dict[str, Any]]:
     try:
         given = load_toml(path)
+        given.pop(leave_out, None)
         return parse(DeviceProfile, given, path), given
     except RecordError as error:
         raise DeviceError(str(error)) from None

@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
+from impq_edge.devices.latency import predict_speeds, read_tensors
 from impq_edge.devices.memory import (
     gpu_resident_bytes,
     gpu_weight_budget_bytes,
@@ -21,12 +22,16 @@ from impq_edge.ggml.types import LADDER, TensorType
 from impq_edge.impq.allocation import PUBLISHED_TYPES, Allocation, are_types, average_bits, listed
 from impq_edge.impq.problem import Choice, Constraint, Problem, ladder_objective, published_objective
 from impq_edge.impq.solve import Solution, least, solve
+from impq_edge.impq.speed import NAME as GENERATION_TIME
+from impq_edge.impq.speed import TokenTime
 from impq_edge.model.players import Player, PlayerKind, players_of
 from impq_edge.model.recipe import TensorTypes, data_bytes, tensor_types
 from impq_edge.model.spec import ModelSpec
 
 _LADDER_GAP = 1e-4
 """Share of a ladder's objective that may be left between it and its bound, far below what losses are measured to."""
+
+_FASTEST_TOK_PER_S = 1e6  # a token then takes as long as a single barrier of threads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Request:
     alpha: float = 0.5  # 1 drops the interactions; the paper takes 0.5
     outer_type: TensorType = TensorType.Q6_K  # embedding and head, where they are no players
     types: tuple[int, ...] = PUBLISHED_TYPES  # (T,), bits a player may have, ascending
+    min_generation_tok_per_s: float | None = None  # --min-tokens-per-second
 
     @property
     def is_ladder(self) -> bool:
@@ -210,6 +216,8 @@ def _allocation(
         predicted_file_bytes=file_bytes,
         average_bits=average_bits(sizes.players, bits),
         bits_per_weight=8 * file_bytes / spec.weights,
+        min_generation_tok_per_s=request.min_generation_tok_per_s,
+        speeds=predict_speeds(spec, types, request.device, kv_type=request.kv_type),
     )
 
 
@@ -243,6 +251,8 @@ class _Sizes:
             spec.hyperparameters, request.device, context_tokens=request.context_tokens, kv_type=request.kv_type
         )
 
+        self._token_time = self._promised_time()
+
     def bits(self, choice: Choice) -> tuple[int, ...]:
         return tuple(self.request.types[kind] for kind in choice)
 
@@ -261,7 +271,20 @@ class _Sizes:
             found.append(Constraint("file budget", "bytes", self._costs(data_bytes), left))
         if self.request.average_bits is not None:
             found.append(_average_bits_constraint(self.players, self.request.types, self.request.average_bits))
+        if self._token_time is not None:
+            time = self._token_time
+            left = time.limit_ns - time.fixed_ns - time.matrices_ns(self.spec, self.types(self.bits(self._lowest)))
+            found.append(Constraint(GENERATION_TIME, "ns", self._costs(time.matrices_ns), left))
         return found
+
+    def _promised_time(self) -> TokenTime | None:
+        if self.request.min_generation_tok_per_s is None:
+            return None
+        uniform = [self.types((bits,) * len(self.players)) for bits in self.request.types]
+        used = {types[tensor.gguf_name] for types in uniform for tensor in read_tensors(self.spec)}
+        return TokenTime(
+            self.spec, self.request.device, used, self.request.kv_type, self.request.min_generation_tok_per_s
+        )
 
     def _costs(self, measure: Callable[[ModelSpec, TensorTypes], int]) -> tuple[tuple[int, ...], ...]:
         """Return what each type costs a player beyond its lowest; both measures are sums over tensors."""
@@ -278,9 +301,12 @@ class _Sizes:
         if all(constraint.budget >= 0 for constraint in constraints):
             return  # everything at the lowest type will do
         kept: tuple[Constraint, ...] = ()
-        for constraint in sorted(constraints, key=lambda c: c.name == "file budget"):
+        order = (GENERATION_TIME, "file budget")  # after all others
+        for constraint in sorted(constraints, key=lambda c: order.index(c.name) + 1 if c.name in order else 0):
             choice = least(constraint, kept)
             if constraint.used(choice) > constraint.budget:
+                if constraint.name == GENERATION_TIME:
+                    raise AllocationError(self._too_slow(constraint, choice, kept))
                 raise AllocationError(self._refusal(constraint, choice))
             kept += (constraint,)
 
@@ -314,6 +340,36 @@ class _Sizes:
             f"context of {request.context_tokens} tokens, but {what} takes {self._resident_bytes(smallest)}; "
             "use a shorter --context, --kv-type q8_0, a larger device or a smaller model."
         )
+
+    def _too_slow(self, constraint: Constraint, fastest: Choice, kept: tuple[Constraint, ...]) -> str:
+        """Say that ``fastest``, of what the budgets ``kept`` allow, is too slow, and which of them is in the way."""
+        device, name, flag = self.request.device.name, self.spec.name, "--min-tokens-per-second"
+        asked = f"{flag} {self.request.min_generation_tok_per_s:g}"
+        most = f"{self._tok_per_s(fastest):g}"
+        if constraint.used(least(constraint, ())) > constraint.budget:
+            alone = f"{self._tok_per_s(least(constraint, ())):g}"
+            return (
+                f"{device} generates at most {alone} tokens/s with {name}, whatever the types; {asked} needs a faster "
+                f"device or a smaller model: ask for {most} or less."
+            )
+        memory = next(other for other in kept if other.name == "device memory")
+        if constraint.used(least(constraint, (memory,))) <= constraint.budget:
+            assert self.request.average_bits is not None
+            bits = f"{float(self.request.average_bits):g}"
+            return (
+                f"{device} generates at most {most} tokens/s with {name} at --average-bits {bits}, where more bits "
+                f"would be faster; raise it, or ask for {flag} {most}."
+            )
+        missing = memory.used(least(memory, (constraint,))) - memory.budget
+        return (
+            f"{device} generates at most {most} tokens/s with what of {name} fits its memory; {asked} needs {missing} "
+            f"bytes more, as the faster types are larger: use a shorter --context, --kv-type q8_0 or a larger device, "
+            f"or ask for {most}."
+        )
+
+    def _tok_per_s(self, choice: Choice) -> float:
+        assert self._token_time is not None
+        return self._token_time.tok_per_s(self.spec, self.types(self.bits(choice)))
 
     def file_budget_bytes(self, types: dict[str, TensorType]) -> int:
         """Return the largest file the device and --budget allow, given these types' copies and where they lie."""
@@ -350,5 +406,8 @@ def _require_sane(request: Request) -> None:
         raise AllocationError(
             f"--average-bits {float(request.average_bits):g} is outside {low}…{high}, the bits of {what}."
         )
+    speed = request.min_generation_tok_per_s
+    if speed is not None and not 0 < speed < _FASTEST_TOK_PER_S:  # NaN included
+        raise AllocationError(f"--min-tokens-per-second {speed} is not a speed; ask for more than 0, such as 5.")
     if request.context_tokens < 1:
         raise AllocationError(f"--context {request.context_tokens} is not a number of tokens; ask for 1 or more.")

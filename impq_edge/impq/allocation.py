@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
+from impq_edge.devices.latency import Speeds
 from impq_edge.errors import AllocationError
 from impq_edge.ggml.cache import KvType
 from impq_edge.ggml.types import BLOCK_TYPES, LADDER, TensorType
 from impq_edge.impq.problem import Choice, Problem
+from impq_edge.impq.speed import NAME as GENERATION_TIME
 from impq_edge.model.players import Player, PlayerKind, players_of
 from impq_edge.model.recipe import data_bytes, tensor_types
 from impq_edge.model.spec import ModelSpec
@@ -44,6 +46,8 @@ class Allocation(Record):
     predicted_file_bytes: int
     average_bits: float  # nominal, over the blocks' weights
     bits_per_weight: float  # file bytes over all weights
+    min_generation_tok_per_s: float | None = None  # what was asked for
+    speeds: Speeds | None = None  # predicted; None in records of earlier versions
 
     @property
     def choice(self) -> Choice:
@@ -89,6 +93,7 @@ class Allocation(Record):
             "bits_per_weight": (self.bits_per_weight, 8 * size / spec.weights),
             "average_bits": (self.average_bits, average_bits(who, self.player_bits)),
             "feasibility": (self.problem.is_feasible(self.choice) and size <= self.budget_bytes, True),
+            "promise of a speed": (self._keeps_its_speed(), True),
             "bound below its objective": (bound <= objective + 1e-9, True),
         }
         for name, (claimed, found) in claims.items():
@@ -96,6 +101,14 @@ class Allocation(Record):
                 raise AllocationError(f"The allocation's {name} is {claimed}, recomputed {found}; allocate again.")
         if abs(self.objective - objective) > 1e-9:
             raise AllocationError("The allocation's objective does not follow from its problem; allocate again.")
+
+    def _keeps_its_speed(self) -> bool:
+        """Whether the predicted speed is the one asked for; the exact limit is one of the problem's constraints."""
+        if self.min_generation_tok_per_s is None:
+            return True
+        predicted = None if self.speeds is None else self.speeds.generation
+        asked = any(constraint.name == GENERATION_TIME for constraint in self.problem.constraints)
+        return asked and predicted is not None and predicted.likely_tok_per_s >= self.min_generation_tok_per_s
 
     def _unsolved_bound(self) -> float:
         """No bound was needed where everything is at 4 bit; anything else has to have one."""

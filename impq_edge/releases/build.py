@@ -97,6 +97,7 @@ def build(
     kv_type: KvType | None = None,
     budget_bytes: int | None = None,
     average_bits: float | Fraction | None = None,
+    min_generation_tok_per_s: float | None = None,
     alpha: float = 0.5,
     outer_type: str = "q6_k",
     allow_fallback: bool = False,
@@ -139,7 +140,7 @@ def build(
     given = None if sensitivity is None else load_profile(sensitivity)
     request = allocation_request(
         target, context_tokens=context_tokens, kv_type=kv_type, budget_bytes=budget_bytes, average_bits=average_bits,
-        alpha=alpha, outer_type=outer_type,
+        min_generation_tok_per_s=min_generation_tok_per_s, alpha=alpha, outer_type=outer_type,
         types=game.types if given is None or game.is_ladder else measured_types(given),
     )  # fmt: skip
     text_path = text or data_path("demo", "evaluation.txt")
@@ -167,8 +168,8 @@ def build(
         )  # fmt: skip
     allocation = allocate(
         found, device=target, context_tokens=context_tokens, kv_type=kv_type, budget_bytes=budget_bytes,
-        average_bits=average_bits, alpha=alpha, outer_type=outer_type,
-        types=request.types, out=out / "allocation.json",
+        average_bits=average_bits, min_generation_tok_per_s=min_generation_tok_per_s, alpha=alpha,
+        outer_type=outer_type, types=request.types, out=out / "allocation.json",
     )  # fmt: skip
     _tell_allocation(allocation, say)
 
@@ -229,6 +230,7 @@ def summary(made: Build) -> dict[str, object]:
         "tensor_types": made.artifact.tensor_types,
         "player_bits": list(made.allocation.player_bits),
         "device": made.device.name,
+        "speeds": made.allocation.to_json()["speeds"],
         "objective": made.allocation.objective,
         "lower_bound": made.allocation.lower_bound,
         "validation": made.validation.to_json(),
@@ -284,6 +286,8 @@ def _tell_allocation(allocation: Allocation, say: Say) -> None:
             f"{allocation.average_bits:.2f} bits on average, "
             f"{allocation.predicted_file_bytes:,} bytes; proven optimal for the profile."
         )
+    if allocation.speeds is not None:
+        say(f"Speed {allocation.speeds.summary(allocation.device)}.")
 
 
 def _require_same_model(found: SensitivityProfile | LadderProfile, spec: ModelSpec, path: Path) -> None:

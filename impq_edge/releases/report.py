@@ -43,6 +43,7 @@ def render(c: Comparison, command: str) -> str:
         f"`{artifact.artifact}` · {artifact.file_bytes:,} bytes · {artifact.bits_per_weight:.2f} bits/weight · "
         f"blocks at {c.allocation.average_bits:.2f} bits on average · validation {verdict}",
         _headline(c),
+        _predicted(c),
         _quality(c),
         _players(c),
         _memory(c),
@@ -74,6 +75,11 @@ def _headline(c: Comparison) -> str:
         f"The allocation is optimal for the sensitivity profile: objective {c.allocation.objective:.6g} nats/token, "
         f"proven bound {gap:.2g} below it, bound of the continuous relaxation {c.allocation.relaxation_bound:.6g}."
     )
+
+
+def _predicted(c: Comparison) -> str:
+    speeds = c.allocation.speeds
+    return "" if speeds is None else f"Speed {speeds.summary(c.allocation.device)}."
 
 
 def _quality(c: Comparison) -> str:

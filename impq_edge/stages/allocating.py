@@ -32,6 +32,7 @@ def allocate(
     kv_type: KvType | None = None,
     budget_bytes: int | None = None,
     average_bits: float | Fraction | None = None,
+    min_generation_tok_per_s: float | None = None,
     alpha: float = 0.5,
     outer_type: TensorType | str = TensorType.Q6_K,
     types: Sequence[int] | None = None,
@@ -49,6 +50,8 @@ def allocate(
         What the KV cache must hold and how; the device's own defaults when None.
     budget_bytes, average_bits
         Further limits, on the file and on the blocks' nominal bits.
+    min_generation_tok_per_s
+        Slowest generation, as predicted for tg128 from the device's measured speeds.
     alpha
         Damping of interactions, 1 drops them.
     outer_type
@@ -59,12 +62,13 @@ def allocate(
     Raises
     ------
     AllocationError
-        When the model does not fit even at the fewest bits.
+        When the model does not fit even at the fewest bits, or what fits is too slow.
     """
     found = load_profile(profile) if isinstance(profile, Path | str) else profile
     request = allocation_request(
         device, context_tokens=context_tokens, kv_type=kv_type, budget_bytes=budget_bytes, average_bits=average_bits,
-        alpha=alpha, outer_type=outer_type, types=types or measured_types(found),
+        min_generation_tok_per_s=min_generation_tok_per_s, alpha=alpha, outer_type=outer_type,
+        types=types or measured_types(found),
     )  # fmt: skip
     if isinstance(found, LadderProfile):
         covariance = None if found.covariance is None else np.array(found.covariance)
@@ -96,6 +100,7 @@ def allocation_request(
     alpha: float,
     outer_type: TensorType | str,
     types: Sequence[int] = PUBLISHED_TYPES,
+    min_generation_tok_per_s: float | None = None,
 ) -> Request:
     """Fill in the device's defaults; arguments as for :func:`allocate`."""
     target = load_device(device) if isinstance(device, str) else device
@@ -114,6 +119,7 @@ def allocation_request(
         alpha=alpha,
         outer_type=TensorType(outer_type),
         types=tuple(types),
+        min_generation_tok_per_s=min_generation_tok_per_s,
     )
 
 

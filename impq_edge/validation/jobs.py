@@ -12,7 +12,7 @@ import numpy as np
 from impq_edge.validation import llama
 from impq_edge.validation.chat import try_chat
 from impq_edge.validation.divergence import measure_divergence
-from impq_edge.validation.latency import measure_speed
+from impq_edge.validation.latency import measure_speed, measure_times
 from impq_edge.validation.llama import Engine
 from impq_edge.validation.memory import anonymous_bytes, fill_context, peak_rss_bytes
 from impq_edge.validation.perplexity import measure_perplexity
@@ -92,6 +92,16 @@ def _continue(engine: Engine, limit_tokens: int) -> str:
     return OPENING + engine.text(engine.generate(opening, limit_tokens).tokens)
 
 
+def speeds(progress: Progress, *, tasks: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
+    """Time one file after another, each loaded anew; a task is a file and arguments of :func:`measure_times`."""
+    times = []
+    for done, task in enumerate(tasks):
+        progress("speed", done, len(tasks))
+        with Engine(Path(task.pop("file")), RunSettings(**settings)) as engine:
+            times.append(dataclasses.asdict(measure_times(engine, **task)))
+    return {"times": times}
+
+
 def describe(_progress: Progress) -> dict[str, Any]:
     """Say which llama.cpp this is and what it was built for."""
     return dataclasses.asdict(Build(llama.version(), llama_cpp.__version__, llama.system_info()))
@@ -110,6 +120,7 @@ JOBS: dict[str, Callable[..., dict[str, Any]]] = {
     "score": score,
     "compare": compare,
     "run": run,
+    "speeds": speeds,
     "describe": describe,
     "decode": decode,
 }

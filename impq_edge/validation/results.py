@@ -65,6 +65,23 @@ class Speed:
 
 
 @dataclasses.dataclass(frozen=True)
+class Times:
+    """Seconds of each repetition, of all its tokens together."""
+
+    # A plain dict with the values of records.STRICT, as in RunSettings.
+    __pydantic_config__: ClassVar["pydantic.ConfigDict"] = {"extra": "forbid", "allow_inf_nan": False}
+
+    prompt_s: tuple[float, ...]
+    generation_s: tuple[float, ...]  # from an empty context
+    later_s: tuple[float, ...]  # after the prompt; empty where that was not asked for
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Self:
+        """Rebuild it on the other side."""
+        return cls(**{name: tuple(values) for name, values in data.items()})
+
+
+@dataclasses.dataclass(frozen=True)
 class ChatTrial:
     """One answer through the chat template."""
 

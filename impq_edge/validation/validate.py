@@ -259,7 +259,11 @@ def _settings(
     kv_type: KvType | None,
     use_extra_bufts: bool | None,
 ) -> RunSettings:
-    base = RunSettings(_default_context(facts), available_threads()) if device is None else _of_device(device, here)
+    base = (
+        RunSettings(_default_context(facts), available_threads())
+        if device is None
+        else (device_settings(device, device.threads if here else available_threads()))
+    )
     if kv_type is not None and kv_type not in get_args(KvType):
         raise ValidationError(f"Cache type {kv_type!r} is unknown; choose one of {', '.join(get_args(KvType))}.")
     settings = dataclasses.replace(
@@ -276,10 +280,11 @@ def _settings(
     return settings
 
 
-def _of_device(device: DeviceProfile, here: bool) -> RunSettings:
+def device_settings(device: DeviceProfile, threads: int) -> RunSettings:
+    """Return how a device runs a file."""
     return RunSettings(
         context_tokens=device.context_tokens,
-        threads=device.threads if here else available_threads(),
+        threads=threads,
         batch_tokens=device.batch_tokens,
         ubatch_tokens=device.ubatch_tokens,
         kv_type=device.kv_type,
