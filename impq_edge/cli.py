@@ -371,6 +371,10 @@ def validate(
     windows: Windows = 24,
     context: Context = None,
     kv_type: KvType = None,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="What the process may hold, or `none`; what the device leaves."),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also save the report here.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -381,10 +385,13 @@ def validate(
     from impq_edge.devices.profile import load_device
     from impq_edge.validation.validate import validate as run
 
+    limit: int | Literal["device"] | None = None
+    if memory_limit != "none":
+        limit = "device" if memory_limit is None else _bytes(memory_limit, "--memory-limit")
     with console.progress() as advance:
         report = run(
             file, device=load_device(device) if device else None, text=text, reference=reference, windows=windows,
-            context_tokens=context, kv_type=kv_type, progress=advance,
+            context_tokens=context, kv_type=kv_type, memory_limit_bytes=limit, progress=advance,
         )  # fmt: skip
     if out is not None:
         report.save(out)
@@ -510,12 +517,18 @@ def _show_validation(report: "ValidationReport") -> None:
         ["prompt", f"{report.prompt_tok_per_s:.1f} ± {report.prompt_sd_tok_per_s:.1f} tokens/s"],
         ["generation", f"{report.generation_tok_per_s:.1f} ± {report.generation_sd_tok_per_s:.1f} tokens/s"],
         ["peak memory", f"{_mib(report.peak_rss_bytes)} MiB at {report.settings.context_tokens:,} tokens of context"],
+        *_limit_rows(report),
         ["file", f"{report.file_bytes:,} bytes, {report.bits_per_weight:.2f} bits/weight"],
         *_divergence_rows(report),
     ]
     console.show_table(report.file, ["measure", "value"], measures)
     checks = [[check.name, check.status.replace("_", " "), check.detail] for check in report.checks]
     console.show_table("passed" if report.passed else "failed", ["check", "status", "detail"], checks)
+
+
+def _limit_rows(report: "ValidationReport") -> list[list[str]]:
+    limit = report.memory_limit
+    return [] if limit is None else [["memory limit", f"{_mib(limit.limit_bytes)} MiB ({limit.method})"]]
 
 
 def _divergence_rows(report: "ValidationReport") -> list[list[str]]:

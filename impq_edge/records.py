@@ -157,14 +157,15 @@ def _remove_stale(path: Path) -> None:
     """Remove temporaries that killed processes left for this path."""
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         pid = stale.suffixes[-2].lstrip(".") if len(stale.suffixes) >= 2 else ""
-        if pid.isdecimal() and not _is_running(int(pid)):
+        if pid.isdecimal() and not is_running(int(pid)):
             stale.unlink(missing_ok=True)
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Tell whether a process has this number, whosever it is."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # no such process, or more than any number of one
         return False
     except OSError:  # it runs, and belongs to somebody else
         return True
