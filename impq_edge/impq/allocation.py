@@ -66,7 +66,8 @@ class Allocation(Record):
         if self.model_sha256 != spec.content_sha256:
             raise AllocationError(
                 f"The allocation was made for {shown_text(self.model_name)} "
-                f"({shown_text(self.model_sha256[:12])}…), not for these weights ({spec.content_sha256[:12]}…); allocate again from a profile of this model."
+                f"({shown_text(self.model_sha256[:12])}…), not for these weights "
+                f"({spec.content_sha256[:12]}…); allocate again from a profile of this model."
             )
         if not are_types(self.types) or (self.outer_type is None) == (self.types == PUBLISHED_TYPES):
             outer = self.outer_type or "a choice of them"
