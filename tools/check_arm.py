@@ -4,9 +4,9 @@
     python tools/check_arm.py FILE.gguf --architecture armv8-a --cpu cortex-a72     a Raspberry Pi 4
 
 What runs on Arm is what a board would run: the wheel of ``scripts/llama-cross``, installed by pip into Debian's own
-Python for arm64, and this package's validation code. Prints one Markdown row per file and setting of
-``use_extra_bufts`` (repacked weights): perplexities, the divergence of the predictions, the speed of the emulation.
-Exits with 1 where a perplexity differs by more than ``--tolerance``.
+Python for arm64, and this package's validation code. Prints Markdown rows: perplexities, the divergence of the
+predictions, the speed of the emulation; with and without repacked weights (``use_extra_bufts``), and, as a yardstick,
+what repacking alone changes here. Exits with 1 where a perplexity on Arm differs by more than ``--tolerance``.
 
 Needs Debian's cross compilers, apt and emulator: apt-get install gcc-aarch64-linux-gnu g++-aarch64-linux-gnu qemu-user.
 The Arm Python and its packages, 90 MB, are fetched once and kept beside the wheel. docs/arm.md has a measured result.
@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 ROOT = Path(__file__).parents[1]
 PYTHON_VERSION = "3.11"  # of Debian 12, whose glibc is the oldest the wheel is meant for
-PLATFORMS = ("manylinux_2_36_aarch64", "manylinux_2_28_aarch64", "manylinux2014_aarch64")  # that its pip accepts
+PLATFORMS = (*(f"manylinux_2_{minor}_aarch64" for minor in range(36, 16, -1)), "manylinux2014_aarch64")  # its pip's
 DEBIAN = ("python3.11", "libstdc++6")
 KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 SOURCE = f"deb [signed-by={KEYRING}] http://deb.debian.org/debian bookworm main\n"
@@ -84,30 +84,31 @@ def main() -> int:
         score(options.files[0], options.windows, options.threads, options.score[0] == "1", Path(options.score[1]))
         return 0
     arm = prepare(options.architecture, options.cpu)
-    print("| file | repacked | perplexity, x86-64 | perplexity, Arm | difference | mean KLD, nats | same top token "
-          "| largest logit difference | tokens/s, emulated |")  # fmt: skip
+    print("| file | compared | perplexity of the first | of the second | difference | mean KLD, nats | same top token "
+          "| largest logit difference | tokens/s of the second |")  # fmt: skip
     print("|---|---|---:|---:|---:|---:|---:|---:|---:|")
     worst = 0.0
     told = set()
     for file in options.files:
-        for bufts in (False, True):
-            here = run(None, file, options, bufts)
+        here = {bufts: run(None, file, options, bufts) for bufts in (False, True)}
+        print(row(file.name, "x86-64, x86-64 repacked", here[False], here[True]), flush=True)
+        for bufts, name in ((False, "x86-64, Arm"), (True, "x86-64 repacked, Arm repacked")):
             there = run(arm, file, options, bufts)
-            told |= {here.system_info, there.system_info}
-            worst = max(worst, abs(there.perplexity / here.perplexity - 1))
-            print(row(file.name, bufts, here, there), flush=True)
+            told |= {here[bufts].system_info, there.system_info}
+            worst = max(worst, abs(there.perplexity / here[bufts].perplexity - 1))
+            print(row(file.name, name, here[bufts], there), flush=True)
     print(*sorted(told), sep="\n", file=sys.stderr)
     return int(worst > options.tolerance)
 
 
-def row(name: str, bufts: bool, here: Scored, there: Scored) -> str:
+def row(name: str, compared: str, here: Scored, there: Scored) -> str:
     """Return a row of the table."""
     p, q = log_softmax(here.logits), log_softmax(there.logits)
     kld = float((np.exp(p) * (p - q)).sum(axis=1).mean())
     top = float((p.argmax(axis=1) == q.argmax(axis=1)).mean())
     largest = float(np.abs(here.logits - there.logits).max())
     return (
-        f"| {name} | {'yes' if bufts else 'no'} | {here.perplexity:.4f} | {there.perplexity:.4f} "
+        f"| {name} | {compared} | {here.perplexity:.4f} | {there.perplexity:.4f} "
         f"| {there.perplexity / here.perplexity - 1:+.3%} | {kld:.2e} | {top:.2%} | {largest:.3f} "
         f"| {there.tokens / there.seconds:.0f} |"
     )

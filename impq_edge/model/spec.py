@@ -192,7 +192,7 @@ def _shards(directory: Path) -> list[str]:
                     f"{index} names {shown(shard)}, which is not a plain file name; do not trust this model."
                 )
             if not (directory / shard).exists():
-                raise ModelError(f"Shard {shown(shard)} of {directory} is missing; download the checkpoint again.")
+                raise ModelError(f"Shard {shown_text(shard)} of {directory} is missing; download the checkpoint again.")
         return shards
     shards = sorted(path.name for path in directory.glob("*.safetensors"))
     if not shards:
