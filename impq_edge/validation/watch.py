@@ -10,7 +10,7 @@ from typing import Literal
 from impq_edge.validation.status import status_bytes
 
 _STEP_S = 0.05
-"""Between two looks: one costs about 30 µs, and a process that fills memory as fast as it can gains some hundred MB."""
+"""Between two looks: one costs about 40 µs, and a process that fills memory as fast as it can gains some hundred MB."""
 
 
 class Watch:
