@@ -78,7 +78,7 @@ class Journal:
             )
         for number, line in enumerate(lines[1:], start=2):
             match line:
-                case {"of": str() as of, "losses": [*losses]} if all(type(loss) in (int, float) for loss in losses):
+                case {"of": str() as of, "losses": [*losses]} if all(type(loss) is float for loss in losses):
                     self.losses[of] = np.array(losses, dtype=np.float64)
                 case _:
                     raise _damaged(self.path, number)

@@ -23,6 +23,7 @@ from impq_edge.devices.profile import DeviceProfile, is_this_machine, load_devic
 from impq_edge.errors import ConversionError
 from impq_edge.ggml.header import read_header
 from impq_edge.impq.allocation import Allocation
+from impq_edge.model.calibration import read_windows
 from impq_edge.model.spec import ModelSpec, read_model
 from impq_edge.records import Record
 from impq_edge.releases.build import BackendLosses
@@ -148,6 +149,17 @@ def _read_tokenizer(path: Path) -> None:
     read_tokenizer(path, seeds.TOKENIZER_ROWS, "llama")
 
 
+def _read_windows(path: Path) -> None:
+    text = path / "text"
+    text.write_text("Once upon a time there was a model. " * 20)
+    try:
+        read_windows(path, text, 64, 32)
+    except Exception as error:
+        if type(error) is Exception:  # of a tokenizer that was read but cannot encode: read_tokenizer goes first
+            return
+        raise
+
+
 def _record(kind: type[Record], check: Callable[[Any], object]) -> Callable[[Path], None]:
     def read(path: Path) -> None:
         found = kind.load(path)
@@ -209,6 +221,7 @@ def targets() -> dict[str, Target]:
         Target("device", _text(seeds.device_toml, "device.toml"), _read_device),
         Target("checkpoint", _checkpoint, read_model, of_one_file=False),
         Target("tokenizer", _tokenizer, _read_tokenizer, of_one_file=False),
+        Target("windows", _tokenizer, _read_windows, of_one_file=False),
         Target("card", _card, read_card, of_one_file=False),
         Target("journal", _journal, _read_journal),
         *(
