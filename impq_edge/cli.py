@@ -497,6 +497,10 @@ def validate(
     windows: Windows = 24,
     context: Context = None,
     kv_type: KvType = None,
+    memory_limit: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="What the process may hold, or `none`; what the device leaves."),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also save the report here.")] = None,
     as_json: Json = False,
     on: On = None,
@@ -516,7 +520,12 @@ def validate(
         raise ValidationError(
             "--wheels, --remote-python, --remote-clean and --yes are for another machine; name it with --on."
         )
-    options: dict[str, Any] = {"windows": windows, "context_tokens": context, "kv_type": kv_type}
+    limit: int | Literal["device"] | None = None
+    if memory_limit != "none":
+        limit = "device" if memory_limit is None else _bytes(memory_limit, "--memory-limit")
+    options: dict[str, Any] = {
+        "windows": windows, "context_tokens": context, "kv_type": kv_type, "memory_limit_bytes": limit,
+    }  # fmt: skip
     with console.progress() as advance:
         if on is None:
             from impq_edge.devices.profile import load_device
@@ -771,12 +780,18 @@ def _show_validation(report: "ValidationReport") -> None:
         ["prompt", f"{report.prompt_tok_per_s:.1f} ± {report.prompt_sd_tok_per_s:.1f} tokens/s"],
         ["generation", f"{report.generation_tok_per_s:.1f} ± {report.generation_sd_tok_per_s:.1f} tokens/s"],
         ["peak memory", f"{_mib(report.peak_rss_bytes)} MiB at {report.settings.context_tokens:,} tokens of context"],
+        *_limit_rows(report),
         ["file", f"{report.file_bytes:,} bytes, {report.bits_per_weight:.2f} bits/weight"],
         *_divergence_rows(report),
     ]
     console.show_table(report.file, ["measure", "value"], measures)
     checks = [[check.name, check.status.replace("_", " "), check.detail] for check in report.checks]
     console.show_table("passed" if report.passed else "failed", ["check", "status", "detail"], checks)
+
+
+def _limit_rows(report: "ValidationReport") -> list[list[str]]:
+    limit = report.memory_limit
+    return [] if limit is None else [["memory limit", f"{_mib(limit.limit_bytes)} MiB ({limit.method})"]]
 
 
 def _divergence_rows(report: "ValidationReport") -> list[list[str]]:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -64,6 +65,7 @@ class Record:
 
 
 R = TypeVar("R", bound=Record)
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def load_one_of(path: Path, *kinds: type[R]) -> R:
@@ -77,14 +79,17 @@ def load_one_of(path: Path, *kinds: type[R]) -> R:
     text = read_text(path)
     try:
         data = json.loads(text)
+        if _HALF_PAIR.search(text):  # an escape can name what no file and no hash can hold
+            json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # also integers of thousands of digits
-        raise RecordError(f"{path} is not JSON ({error}); write it anew with the stage that makes it.") from None
+        told = shown_text(str(error))
+        raise RecordError(f"{path} is not JSON ({told}); write it anew with the stage that makes it.") from None
     found = data.pop("schema", None) if isinstance(data, dict) else None
     for kind in kinds:
         if found == kind.SCHEMA:
             return parse(kind, data, path)
     wanted = " or ".join(repr(kind.SCHEMA) for kind in kinds)
-    raise RecordError(f"{path} holds schema {found!r}, not {wanted}; pass the right file or make it anew.")
+    raise RecordError(f"{path} holds schema {shown(found)}, not {wanted}; pass the right file or make it anew.")
 
 
 def parse(kind: type[T], data: object, path: Path) -> T:
@@ -94,10 +99,29 @@ def parse(kind: type[T], data: object, path: Path) -> T:
         return checked
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the top level"
-        value = repr(first["input"])
-        shown = value if len(value) <= 60 else value[:57] + "..."
-        raise RecordError(f"{path}: {where} is {shown}: {first['msg']}; correct that field.") from None
+        where = shown_text(".".join(str(part) for part in first["loc"]) or "the top level")
+        value, wrong = shown(first["input"], 60), shown_text(first["msg"])
+        raise RecordError(f"{path}: {where} is {value}: {wrong}; correct that field.") from None
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """Return a value from a file for a message: on one line, escaped, and cut where it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or lists in lists in lists
+        text = f"a {type(value).__name__} too long to show"
+    return shown_text(text, limit)
+
+
+def shown_text(text: str, limit: int = 200) -> str:
+    """Return text that came from a file, or from a library that read one, as part of a sentence."""
+    plain = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[: limit + 1])
+    return plain if len(plain) <= limit else plain[: limit - 3] + "..."
+
+
+def has_half_pair(text: str) -> bool:
+    """Whether a text holds half of a surrogate pair, which JSON can say and UTF-8 cannot."""
+    return any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def load_toml(path: Path) -> dict[str, Any]:
@@ -105,7 +129,7 @@ def load_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(read_text(path))
     except (ValueError, RecursionError) as error:
-        raise RecordError(f"{path} is not TOML ({error}); correct that line.") from None
+        raise RecordError(f"{path} is not TOML ({shown_text(str(error))}); correct that line.") from None
 
 
 def to_toml(data: Mapping[str, Any]) -> str:
@@ -139,15 +163,19 @@ def _toml_text(value: str | int | float) -> str:
 def read_text(path: Path) -> str:
     """Read a text file of bounded size, with one sentence for every way this can fail."""
     try:
-        if path.stat().st_size > _MAX_RECORD_BYTES:
-            raise RecordError(f"{path} is larger than {_MAX_RECORD_BYTES} bytes, which no record is.")
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a pipe may never end, and a device has no size
+            what = "a directory" if path.is_dir() else "no regular file"
+            raise RecordError(f"{path} is {what}; pass a file.")
+        if found.st_size > _MAX_RECORD_BYTES:
+            raise RecordError(f"{path} is larger than {_MAX_RECORD_BYTES} bytes, which no record is; choose another.")
         return path.read_bytes().decode("utf-8")  # newlines stay as they are: text is tokenised and hashed
     except FileNotFoundError:
         raise RecordError(f"{path} does not exist; check the path.") from None
     except UnicodeDecodeError:
         raise RecordError(f"{path} is not UTF-8 text; check that it is the right file.") from None
     except OSError as error:
-        raise RecordError(f"{path} cannot be read: {error.strerror}.") from None
+        raise RecordError(f"{path} cannot be read: {error.strerror}; check the path.") from None
 
 
 @contextlib.contextmanager
@@ -186,14 +214,15 @@ def _remove_stale(path: Path) -> None:
     """Remove temporaries that killed processes left for this path."""
     for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         pid = stale.suffixes[-2].lstrip(".") if len(stale.suffixes) >= 2 else ""
-        if pid.isdecimal() and not _is_running(int(pid)):
+        if pid.isdecimal() and not is_running(int(pid)):
             stale.unlink(missing_ok=True)
 
 
-def _is_running(pid: int) -> bool:
+def is_running(pid: int) -> bool:
+    """Tell whether a process has this number, whosever it is."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # no such process, or more than any number of one
         return False
     except OSError:  # it runs, and belongs to somebody else
         return True

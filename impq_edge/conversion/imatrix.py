@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from impq_edge.errors import ConversionError
 from impq_edge.ggml.header import MAX_NAME_BYTES, Header, Scalar, read_header
 from impq_edge.model.spec import ModelSpec
-from impq_edge.records import atomic_path
+from impq_edge.records import atomic_path, shown
 
 TYPE_KEY, TYPE = "general.type", "imatrix"
 DATASETS_KEY = "imatrix.datasets"
@@ -83,7 +83,7 @@ class Imatrix:
         names = [name.removesuffix(_SUMS) for name in tensors if name.endswith(_SUMS)]
         alone = sorted(tensors.keys() ^ {name + suffix for name in names for suffix in (_SUMS, _COUNTS)})
         if alone or not names:
-            raise _unsound(f"{alone[0]!r} has no counterpart" if alone else "it holds no tensors", path)
+            raise _unsound(f"{shown(alone[0])} has no counterpart" if alone else "it holds no tensors", path)
         if DATASETS_KEY not in header.lists:
             raise _unsound(f"it has no {DATASETS_KEY}", path)
         values = _read_values(path, header)
@@ -192,14 +192,14 @@ def _check(name: str, sums: NDArray[np.float32], counts: NDArray[np.int64]) -> N
 def _require_imatrix(path: Path, keys: Mapping[str, Scalar]) -> None:
     if keys.get(TYPE_KEY) != TYPE:
         raise ConversionError(
-            f"{path} is a GGUF of type {keys.get(TYPE_KEY)!r}, not {TYPE!r}; pass a file that llama-imatrix wrote."
+            f"{path} is a GGUF of type {shown(keys.get(TYPE_KEY))}, not {TYPE!r}; pass a file that llama-imatrix wrote."
         )
 
 
 def _count(path: Path, keys: Mapping[str, Scalar], key: str) -> int:
     value = keys.get(key)
     if type(value) is not int or not 0 <= value < 1 << 32:
-        raise _unsound(f"{key} is {value!r}", path)
+        raise _unsound(f"{key} is {shown(value)}", path)
     return value
 
 

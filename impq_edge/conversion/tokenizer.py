@@ -39,17 +39,16 @@ from impq_edge.conversion.tokenizer_files import (
     TokenizerSettings,
     added_around,
     components,
-    has_half_pair,
     merge_added_tokens,
     read_chat_templates,
     read_file,
     read_object,
     read_settings,
     refusal,
-    shown,
 )
 from impq_edge.errors import ModelError, RecordError
 from impq_edge.model.config import Architecture
+from impq_edge.records import has_half_pair, shown
 
 _CONTRACTIONS_AND_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _SYMBOLS_AND_SPACES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import pydantic
 
 from impq_edge.errors import ModelError
-from impq_edge.records import parse, read_text
+from impq_edge.records import has_half_pair, parse, read_text, shown, shown_text
 
 Merge = tuple[str, str]
 
@@ -119,7 +119,7 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON ({error}); download the checkpoint again.") from None
+        raise ModelError(f"{path} is not JSON ({shown_text(str(error))}); download the checkpoint again.") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path} holds a {type(value).__name__}, not an object; download the checkpoint again.")
     return value
@@ -161,11 +161,6 @@ def read_chat_templates(directory: Path, settings: TokenizerSettings) -> dict[st
                 f"{directory / 'tokenizer_config.json'}: chat template {shown(name)} is no Unicode; remove it."
             )
     return named
-
-
-def has_half_pair(text: str) -> bool:
-    """Whether a text holds half of a surrogate pair, which JSON can say and UTF-8 cannot."""
-    return any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def merge_added_tokens(file: TokenizerFile, settings: TokenizerSettings, path: Path) -> dict[int, AddedToken]:
@@ -222,12 +217,6 @@ def components(component: dict[str, Any] | None, inner: str) -> list[dict[str, A
         else:
             parts.append(part)
     return parts
-
-
-def shown(value: object, limit: int = 80) -> str:
-    """Return a value from a file for a message: escaped, and cut where it is long."""
-    text = ascii(value) if has_half_pair(str(value)) else repr(value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def refusal(path: Path, reason: str) -> ModelError:

@@ -16,6 +16,7 @@ from typing import BinaryIO
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from impq_edge.errors import ImpqError
+from impq_edge.records import shown
 
 Scalar = str | int | float | bool
 
@@ -172,7 +173,7 @@ def _read_version(header: _Reader) -> int:
         raise header.error(f"{header.path} is empty; build or download it again.")
     magic = header.take(min(len(_MAGIC), header.file_bytes))
     if magic != _MAGIC:
-        raise header.error(f"{header.path} is not a GGUF: it begins with {magic!r}; pass a .gguf file.")
+        raise header.error(f"{header.path} is not a GGUF: it begins with {shown(magic)}; pass a .gguf file.")
     version = header.integer("I")
     if version & 0xFFFF == 0:
         raise header.error(f"{header.path} is a GGUF of the other byte order; convert it with gguf-convert-endian.")
@@ -190,7 +191,7 @@ def _read_keys(
     for index in range(count):
         key = header.text(f"key {index}")
         if not key or key in seen:
-            raise header.bad(f"key {index} is {'empty' if not key else f'a second {key!r}'}")
+            raise header.bad(f"key {index} is {'empty' if not key else f'a second {shown(key)}'}")
         seen.add(key)
         kind = header.integer("I")
         if kind == _ARRAY:
@@ -198,7 +199,7 @@ def _read_keys(
             if strings is not None:
                 kept[key] = strings
         elif kind == _STRING:
-            keys[key] = header.text(f"key {key!r}")
+            keys[key] = header.text(f"key {shown(key)}")
         else:
             keys[key] = header.number(_scalar_code(header, key, kind))
     return keys, kept
@@ -206,24 +207,24 @@ def _read_keys(
 
 def _scalar_code(header: _Reader, key: str, kind: int) -> str:
     if kind not in _SCALARS:
-        raise header.bad(f"key {key!r} has type {kind}, which GGUF does not know")
+        raise header.bad(f"key {shown(key)} has type {kind}, which GGUF does not know")
     return _SCALARS[kind]
 
 
 def _read_array(header: _Reader, key: str, keep: bool) -> tuple[str, ...] | None:
     kind, count = header.integer("I"), header.integer("Q")
     if count > _MAX_ARRAY_ITEMS:
-        raise header.bad(f"key {key!r} claims {count} items, more than {_MAX_ARRAY_ITEMS}")
+        raise header.bad(f"key {shown(key)} claims {count} items, more than {_MAX_ARRAY_ITEMS}")
     if kind != _STRING:
         header.skip(count * struct.calcsize("<" + _scalar_code(header, key, kind)))
         return None
     if not keep:
         for _ in range(count):
-            header.skip_text(f"an item of {key!r}")
+            header.skip_text(f"an item of {shown(key)}")
         return None
     if count > _MAX_LIST_ITEMS:
-        raise header.bad(f"key {key!r} lists {count} items, more than {_MAX_LIST_ITEMS}")
-    return tuple(header.text(f"an item of {key!r}", _MAX_ITEM_BYTES) for _ in range(count))
+        raise header.bad(f"key {shown(key)} lists {count} items, more than {_MAX_LIST_ITEMS}")
+    return tuple(header.text(f"an item of {shown(key)}", _MAX_ITEM_BYTES) for _ in range(count))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +259,7 @@ def _read_tensor_info(header: _Reader) -> _TensorInfo:
 def _alignment_bytes(header: _Reader, keys: dict[str, Scalar]) -> int:
     value = keys.get(_ALIGNMENT_KEY, _DEFAULT_ALIGNMENT_BYTES)
     if not isinstance(value, int) or value < 1 or value & (value - 1):
-        raise header.bad(f"{_ALIGNMENT_KEY} is {value!r}, not a power of two")
+        raise header.bad(f"{_ALIGNMENT_KEY} is {shown(value)}, not a power of two")
     return value
 
 

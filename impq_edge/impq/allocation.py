@@ -13,7 +13,7 @@ from impq_edge.impq.speed import NAME as GENERATION_TIME
 from impq_edge.model.players import Player, PlayerKind, players_of
 from impq_edge.model.recipe import data_bytes, tensor_types
 from impq_edge.model.spec import ModelSpec
-from impq_edge.records import Record
+from impq_edge.records import Record, shown_text
 
 PUBLISHED_TYPES = tuple(BLOCK_TYPES)
 """The bits of the paper's program, in which embedding and head are no players."""
@@ -69,7 +69,8 @@ class Allocation(Record):
         """
         if self.model_sha256 != spec.content_sha256:
             raise AllocationError(
-                f"The allocation was made for {self.model_name} ({self.model_sha256[:12]}…), not for these weights "
+                f"The allocation was made for {shown_text(self.model_name)} "
+                f"({shown_text(self.model_sha256[:12])}…), not for these weights "
                 f"({spec.content_sha256[:12]}…); allocate again from a profile of this model."
             )
         if not are_types(self.types) or (self.outer_type is None) == (self.types == PUBLISHED_TYPES):

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from impq_edge.errors import ModelError
-from impq_edge.records import read_text
+from impq_edge.records import read_text, shown_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -62,7 +62,11 @@ def read_windows(directory: Path, text: Path, tokens: int, window_tokens: int) -
     if tokens < window_tokens:
         raise ModelError(f"--tokens {tokens} is less than one window of {window_tokens}; ask for more tokens.")
     content = read_text(text)
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    path = directory / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library has no narrower class
+        raise ModelError(f"{path} cannot be used ({shown_text(str(error))}); download the checkpoint again.") from None
     ids = _first_ids(tokenizer, content, tokens)
     count = min(tokens, len(ids)) // window_tokens
     if count == 0:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 import pydantic
 
 from impq_edge.errors import ModelError
-from impq_edge.records import STRICT
+from impq_edge.records import STRICT, shown
 
 Architecture = Literal["llama", "gemma2", "qwen3"]
 
@@ -17,6 +17,8 @@ _ARCHITECTURES: dict[str, Architecture] = {
 }
 _ACTIVATIONS = {"llama": {"silu"}, "qwen3": {"silu"}, "gemma2": {"gelu_pytorch_tanh"}}
 _GEMMA2_27B_BLOCKS = 46  # the block count by which llama.cpp's gemma2.cpp recognises the 27B's attention scale
+_MAX_BLOCKS = 1 << 10  # the deepest published dense models have less than 200
+_MAX_SIZE = (1 << 31) - 1  # llama.cpp holds these numbers in 32 bits
 _SLIDING_PERIOD = 2  # Gemma-2: every other block, the first one sliding (llama.cpp's load_swa_pattern)
 
 
@@ -113,7 +115,7 @@ def read_hyperparameters(config: dict[str, Any]) -> HyperParameters:
     rope = _rope_settings(config)
     hyper = HyperParameters(
         architecture=architecture,
-        n_blocks=_integer(config, "num_hidden_layers"),
+        n_blocks=_integer(config, "num_hidden_layers", limit=_MAX_BLOCKS),
         hidden=hidden,
         ffn=_integer(config, "intermediate_size"),
         n_heads=heads,
@@ -140,7 +142,8 @@ def _architecture(config: dict[str, Any]) -> Architecture:
     architecture = _ARCHITECTURES.get(found[0]) if isinstance(found, list) and isinstance(found[0], str) else None
     if architecture is None:
         name = found[0] if isinstance(found, list) else found
-        raise ModelError(f"Architecture {name!r} is not supported; dense models of {', '.join(_ARCHITECTURES)} are.")
+        known = ", ".join(_ARCHITECTURES)
+        raise ModelError(f"Architecture {shown(name)} is not supported; dense models of {known} are.")
     if "quantization_config" in config:
         raise ModelError("The checkpoint is already quantised (quantization_config is set); start from the original.")
     return architecture
@@ -157,7 +160,7 @@ def _rope_settings(config: dict[str, Any]) -> dict[str, Any]:
     for key in ("rope_scaling", "rope_parameters"):
         value = config.get(key) or {}
         if not isinstance(value, dict):
-            raise ModelError(f"config.json: {key} is {value!r}, not an object; download the checkpoint again.")
+            raise ModelError(f"config.json: {key} is {shown(value)}, not an object; download the checkpoint again.")
         merged |= value
     if "rope_theta" in config:
         merged.setdefault("rope_theta", config["rope_theta"])
@@ -170,7 +173,7 @@ def _rope_scaling(rope: dict[str, Any], architecture: Architecture) -> Llama3Rop
         return None
     if kind != "llama3" or architecture != "llama":
         raise ModelError(
-            f"Rope scaling {kind!r} of a {architecture} model cannot be converted; only Llama's 'llama3' can. "
+            f"Rope scaling {shown(kind)} of a {architecture} model cannot be converted; only Llama's 'llama3' can. "
             "Set rope_scaling to null in a copy of config.json to build for the unscaled context."
         )
     return Llama3Rope(
@@ -191,9 +194,9 @@ def _softcap(config: dict[str, Any], key: str, architecture: Architecture) -> fl
 
 def _refuse_what_gguf_cannot_say(config: dict[str, Any], hyper: HyperParameters) -> None:
     activation = config.get("hidden_activation") or config.get("hidden_act")
-    if activation not in _ACTIVATIONS[hyper.architecture]:
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS[hyper.architecture]:
         raise ModelError(
-            f"config.json: activation {activation!r} is not what llama.cpp computes for {hyper.architecture} "
+            f"config.json: activation {shown(activation)} is not what llama.cpp computes for {hyper.architecture} "
             f"({', '.join(_ACTIVATIONS[hyper.architecture])}); this model cannot be converted."
         )
     if hyper.n_heads % hyper.n_kv_heads:
@@ -233,12 +236,14 @@ def _number(config: dict[str, Any], key: str, default: float | None = None) -> f
     if value is None and default is not None:
         value = default
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
-        raise ModelError(f"config.json: {key} is {value!r}, not a positive number; download the checkpoint again.")
+        raise ModelError(f"config.json: {key} is {shown(value)}, not a positive number; download the checkpoint again.")
     return float(value)
 
 
-def _integer(config: dict[str, Any], key: str, default: int | None = None) -> int:
+def _integer(config: dict[str, Any], key: str, default: int | None = None, limit: int = _MAX_SIZE) -> int:
     value = _number(config, key, default)
     if value != int(value):
-        raise ModelError(f"config.json: {key} is {value!r}, not a whole number; download the checkpoint again.")
+        raise ModelError(f"config.json: {key} is {shown(value)}, not a whole number; download the checkpoint again.")
+    if value > limit:
+        raise ModelError(f"config.json: {key} is {int(value)}, more than {limit}; download the checkpoint again.")
     return int(value)

@@ -18,7 +18,7 @@ from gguf import MODEL_ARCH, TensorNameMap, get_tensor_name_map
 
 from impq_edge.errors import ModelError
 from impq_edge.model.config import HyperParameters, read_hyperparameters
-from impq_edge.records import STRICT, Record, read_text, sha256_file, sha256_json
+from impq_edge.records import STRICT, Record, read_text, sha256_file, sha256_json, shown, shown_text
 
 Role = Literal["embedding", "head", "matrix", "vector"]
 
@@ -137,7 +137,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON ({error}); download the checkpoint again.") from None
+        raise ModelError(f"{path} is not JSON ({shown_text(str(error))}); download the checkpoint again.") from None
     if not isinstance(config, dict):
         raise ModelError(f"{path} holds a {type(config).__name__}, not an object; download the checkpoint again.")
     return config
@@ -209,7 +209,9 @@ def _file_order(tensor: TensorSpec) -> tuple[int, int, str]:
 def _tensor(name: str, shape: tuple[int, ...], shard: str, names: TensorNameMap) -> TensorSpec:
     gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
     if gguf_name is None:
-        raise ModelError(f"Tensor {name!r} in {shard} has no place in a GGUF of this architecture; remove it first.")
+        raise ModelError(
+            f"Tensor {shown(name)} in {shard} has no place in a GGUF of this architecture; remove it first."
+        )
     return dataclasses.replace(tensor_named(gguf_name, shape), name=name, shard=shard)
 
 
@@ -225,9 +227,11 @@ def _shards(directory: Path) -> list[str]:
         shards = sorted(set(weight_map.values()))
         for shard in shards:
             if Path(shard).name != shard:
-                raise ModelError(f"{index} names {shard!r}, which is not a plain file name; do not trust this model.")
+                raise ModelError(
+                    f"{index} names {shown(shard)}, which is not a plain file name; do not trust this model."
+                )
             if not (directory / shard).exists():
-                raise ModelError(f"Shard {shard} of {directory} is missing; download the checkpoint again.")
+                raise ModelError(f"Shard {shown_text(shard)} of {directory} is missing; download the checkpoint again.")
         return shards
     shards = sorted(path.name for path in directory.glob("*.safetensors"))
     if not shards:
@@ -258,7 +262,8 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
     except (SafetensorError, OSError) as error:
         raise ModelError(
-            f"Shard {path.name} of {path.parent} is truncated, malformed or unreadable ({error}); download it again."
+            f"Shard {path.name} of {path.parent} is truncated, malformed or unreadable ({shown_text(str(error))}); "
+            "download it again."
         ) from None
 
 
@@ -266,7 +271,7 @@ def require_float(name: str, dtype: str, where: str) -> None:
     """Refuse a tensor of a type that weights are not trained in; ``where`` is what the error calls its file."""
     if dtype not in _FLOAT_DTYPES:
         raise ModelError(
-            f"Tensor {name!r} in {where} is {dtype}, not one of {sorted(_FLOAT_DTYPES)}; "
+            f"Tensor {shown(name)} in {where} is {dtype}, not one of {sorted(_FLOAT_DTYPES)}; "
             "start from an unquantised checkpoint."
         )
 
@@ -283,14 +288,14 @@ def _check_inventory(tensors: Sequence[TensorSpec], hyper: HyperParameters, dire
     surplus = sorted(found.keys() - expected.keys())
     if surplus:
         raise ModelError(
-            f"Tensor {found[surplus[0]].name!r} of {directory} is not part of a dense "
+            f"Tensor {shown(found[surplus[0]].name)} of {directory} is not part of a dense "
             f"{hyper.architecture} model; this checkpoint cannot be converted."
         )
     for gguf_name, tensor in found.items():
         if tensor.shape != expected[gguf_name]:
             raise ModelError(
-                f"Tensor {tensor.name!r} of {directory} has shape {list(tensor.shape)}, but its config.json "
-                f"implies {list(expected[gguf_name])}; the two do not belong together."
+                f"Tensor {shown(tensor.name)} of {directory} has shape {shown(list(tensor.shape))}, but its "
+                f"config.json implies {list(expected[gguf_name])}; the two do not belong together."
             )
 
 

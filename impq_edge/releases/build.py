@@ -181,9 +181,7 @@ def build(
             encode=encoding, kept=kept, allow_fallback=allow_fallback, say=say if bits is None else lambda _: None,
             progress=progress,
         )  # fmt: skip
-        # The device's memory check, which fills the whole context, is for the file that ships.
-        fill_s = FILL_S if bits is None else 0.0
-        report = _validated(out / name, artifact, target, allocation, text_path, windows, fill_s, progress)
+        report = _validated(out / name, artifact, target, allocation, text_path, windows, bits is None, progress)
         return artifact, report
 
     artifact, validation = finish(_file_name(spec, allocation), None)
@@ -331,10 +329,15 @@ def _validated(
     allocation: Allocation,
     text: Path,
     windows: int,
-    fill_s: float,
+    ships: bool,
     progress: Progress,
 ) -> ValidationReport:
-    """Measure a file, unless the record of the same measurement is there already."""
+    """Measure a file, unless the record of the same measurement is there already.
+
+    The device's limit of memory, and the check of it that fills the whole context, are for the file that ships: one
+    that it is compared with may be too large for the device.
+    """
+    fill_s = FILL_S if ships else 0.0
     context_tokens, kv_type = allocation.context_tokens, allocation.kv_type
     wanted = request_sha256(
         device, text, windows=windows, context_tokens=context_tokens, kv_type=kv_type, fill_s=fill_s
@@ -346,7 +349,7 @@ def _validated(
             return found
     report = validate(
         path, device=device, text=text, windows=windows, context_tokens=allocation.context_tokens,
-        kv_type=allocation.kv_type, fill_s=fill_s, progress=progress,
+        kv_type=allocation.kv_type, fill_s=fill_s, memory_limit_bytes="device" if ships else None, progress=progress,
     )  # fmt: skip
     report.save(record)
     return report

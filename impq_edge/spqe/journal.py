@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from impq_edge.errors import RecordError, SensitivityError
-from impq_edge.records import read_text
+from impq_edge.records import read_text, shown, shown_text
 from impq_edge.spqe.sampling import Coalition
 
 _SCHEMA = "impq-edge.journal/2"
@@ -72,11 +73,15 @@ class Journal:
         if changed or found.get("schema") != _SCHEMA:
             key = changed[0] if changed else "schema"
             raise SensitivityError(
-                f"{self.path} was started with {key} = {found.get(key)!r}, not {inputs.get(key)!r}; "
-                "give the same settings, or delete that file to start anew."
+                f"{self.path} was started with {shown_text(key)} = {shown(found.get(key))}, not "
+                f"{shown(inputs.get(key))}; give the same settings, or delete that file to start anew."
             )
-        for line in lines[1:]:
-            self.losses[line["of"]] = np.array(line["losses"], dtype=np.float64)
+        for number, line in enumerate(lines[1:], start=2):
+            match line:
+                case {"of": str() as of, "losses": [*losses]} if all(type(loss) is float for loss in losses):
+                    self.losses[of] = np.array(losses, dtype=np.float64)
+                case _:
+                    raise _damaged(self.path, number)
 
 
 def to_text(coalition: Coalition) -> str:
@@ -93,18 +98,26 @@ def _intact_lines(path: Path, text: str) -> tuple[int, list[dict[str, Any]]]:
     """Return the whole lines, and how many bytes they take; only a last one without its end may be torn."""
     lines: list[dict[str, Any]] = []
     intact_bytes = 0
-    for line in text.splitlines(keepends=True):
+    for line in re.findall(r"[^\n]*\n|[^\n]+", text):  # splitlines() would also split at U+2028 inside a text
         checksum, _, body = line.rstrip("\n").partition(" ")
         torn = not line.endswith("\n")
         if torn and (lines or _may_begin_a_journal(line)):
             break
         if torn or checksum != f"{zlib.crc32(body.encode()):08x}":
-            raise SensitivityError(
-                f"Line {len(lines) + 1} of {path} is damaged, or the file is no journal; delete it to start anew."
-            )
-        lines.append(json.loads(body))
+            raise _damaged(path, len(lines) + 1)
+        try:
+            value = json.loads(body)
+        except (ValueError, RecursionError):
+            raise _damaged(path, len(lines) + 1) from None
+        if not isinstance(value, dict):
+            raise _damaged(path, len(lines) + 1)
+        lines.append(value)
         intact_bytes += len(line.encode())
     return intact_bytes, lines
+
+
+def _damaged(path: Path, line: int) -> SensitivityError:
+    return SensitivityError(f"Line {line} of {path} is damaged, or the file is no journal; delete it to start anew.")
 
 
 def _may_begin_a_journal(text: str) -> bool:

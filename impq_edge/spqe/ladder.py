@@ -14,7 +14,7 @@ from impq_edge.impq.allocation import are_types
 from impq_edge.model.players import Player, players_of
 from impq_edge.model.spec import ModelSpec
 from impq_edge.records import STRICT, Record
-from impq_edge.spqe.profile import GameSettings
+from impq_edge.spqe.profile import MAX_LOSS, GameSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +59,10 @@ class LadderProfile(Record):
             )
         if {len(rung.divergences) for rung in self.rungs} != {len(self.reference_losses)}:
             raise SensitivityError("The ladder's divergences are not all of the same windows; make it anew.")
-        if not all(np.isfinite(rung.divergences).all() for rung in self.rungs):
-            raise SensitivityError("The ladder has divergences that are not finite; make it anew.")
+        if not all((np.abs(rung.divergences) <= MAX_LOSS).all() for rung in self.rungs):
+            raise SensitivityError(
+                f"The ladder has divergences that are not finite or beyond {MAX_LOSS:g}; make it anew."
+            )
         inside = sum(player.block is not None for player in self.who)
         if self.covariance is not None and {len(self.covariance), *map(len, self.covariance)} != {inside}:
             raise SensitivityError(f"The ladder's covariance is not of {inside} players; make it anew.")

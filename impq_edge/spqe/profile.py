@@ -60,6 +60,9 @@ class Design:
     until_stable: str = ""  # what must have stopped changing: "order", average bits, or a request's identity
 
 
+MAX_LOSS = 1e6
+"""Nats per token. A uniform guess among 2^20 tokens loses 14; squares of far larger numbers would overflow."""
+
 StoppedBy = Literal["permutations", "stability", "time"]
 
 
@@ -139,6 +142,11 @@ class SensitivityProfile(Record):
         windows = {len(losses) for losses in (self.reference_losses, *(e.losses for e in self.evaluations))}
         if len(windows) > 1 or 0 in windows:
             raise SensitivityError("The profile's losses are not all of the same windows; make it anew.")
+        largest = max(abs(loss) for e in self.evaluations for loss in e.losses) if self.evaluations else 0.0
+        if largest > MAX_LOSS:
+            raise SensitivityError(
+                f"The profile has a loss of {largest:g} nats per token, beyond {MAX_LOSS:g}; make it anew."
+            )
 
     @property
     def who(self) -> tuple[Player, ...]:

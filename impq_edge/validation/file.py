@@ -6,6 +6,7 @@ from pathlib import Path
 from impq_edge.errors import ValidationError
 from impq_edge.ggml.header import Header, Scalar, TensorFact, read_header
 from impq_edge.ggml.split import MAX_FILES, SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, split_paths, unsplit_path
+from impq_edge.records import shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ def _pieces(path: Path, header: Header) -> list[Path]:
 def _whole_number(path: Path, header: Header, key: str, default: int) -> int:
     value = header.keys.get(key, default)
     if type(value) is not int or not 0 <= value <= MAX_FILES:
-        raise _unsound(path, f"{key} is {value!r}, not a number from 0 to {MAX_FILES}")
+        raise _unsound(path, f"{key} is {shown(value)}, not a number from 0 to {MAX_FILES}")
     return value
 
 
@@ -94,14 +95,14 @@ def _read_piece(files: list[Path], index: int) -> Header:
     header = read_header(path, ValidationError)
     found = header.keys.get(SPLIT_NO), header.keys.get(SPLIT_COUNT)
     if found != (index, len(files)):
-        raise _unsound(path, f"it says {SPLIT_NO} {found[0]!r} of {found[1]!r}, not {index} of {len(files)}")
+        raise _unsound(path, f"it says {SPLIT_NO} {shown(found[0])} of {shown(found[1])}, not {index} of {len(files)}")
     return header
 
 
 def _check_tensors(path: Path, header: Header, tensors: tuple[TensorFact, ...]) -> None:
     expected = header.keys.get(SPLIT_TENSORS)
     if expected != len(tensors):
-        raise _unsound(path, f"{SPLIT_TENSORS} is {expected!r}, but its pieces hold {len(tensors)} tensors")
+        raise _unsound(path, f"{SPLIT_TENSORS} is {shown(expected)}, but its pieces hold {len(tensors)} tensors")
     if len({tensor.name for tensor in tensors}) != len(tensors):
         raise _unsound(path, "two tensors in its pieces have the same name")
 

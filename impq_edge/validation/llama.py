@@ -75,7 +75,7 @@ class Engine:
         api.llama_backend_init()
         self._model = api.llama_model_load_from_file(os.fsencode(path), _model_parameters(settings))
         if self._model is None:
-            raise ValidationError(f"llama.cpp cannot load {path}: {_first_error()}; build or download it again.")
+            raise ValidationError(f"llama.cpp cannot load {path}: {_first_error()}; {_remedy()}.")
         self._vocab = api.llama_model_get_vocab(self._model)
         self.vocabulary = int(api.llama_vocab_n_tokens(self._vocab))
         self._context = api.llama_init_from_model(self._model, _context_parameters(settings))
@@ -255,6 +255,11 @@ def version() -> str:
 
 def _first_error() -> str:
     return next((line.strip() for level, line in _log if level == _LOG_ERROR), "it gives no reason")
+
+
+def _remedy() -> str:
+    refused = "allocate" in _first_error()
+    return "free some memory or choose a smaller file" if refused else "build or download it again"
 
 
 def _model_parameters(settings: RunSettings) -> Any:

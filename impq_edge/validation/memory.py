@@ -5,23 +5,38 @@ start. The compute buffer is only reserved and the work buffer of the CPU backen
 both become resident as the context fills, so a short prompt alone would understate the peak.
 """
 
-import re
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
 from impq_edge.validation.llama import Engine
+from impq_edge.validation.status import status_bytes
 
-_STATUS = Path("/proc/self/status")
+_ALLOWANCE_BYTES = 64 << 20  # arenas that the C library sets aside for new threads
+
+
+def limit_data(limit_bytes: int, threads: int) -> None:
+    """Let the system refuse this process more memory for data than a limit, from now on.
+
+    What it counts is set aside rather than used, so what numpy's and llama.cpp's libraries have set aside
+    without using it so far is added, and the stacks of the threads to come. Mapped files do not count.
+    """
+    import resource
+
+    set_aside = (status_bytes("VmData") or 0) - (status_bytes("RssAnon") or 0)
+    stack, most = resource.getrlimit(resource.RLIMIT_STACK)[0], resource.getrlimit(resource.RLIMIT_DATA)[1]
+    stacks = threads * (8 << 20 if stack == resource.RLIM_INFINITY else stack)
+    wanted = limit_bytes + max(0, set_aside) + stacks + _ALLOWANCE_BYTES
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted if most == resource.RLIM_INFINITY else min(wanted, most), most))
 
 
 def peak_rss_bytes() -> int:
     """Return the most memory this process has held, in bytes, mapped weights included."""
-    if _STATUS.exists():
-        return _status_bytes("VmHWM")
+    peak = status_bytes("VmHWM")
+    if peak is not None:
+        return peak
     import resource  # absent on Windows, where llama.cpp for edge devices is not run
 
     # macOS counts bytes. Elsewhere it is KiB, and survives exec: no concern in a child started afresh.
@@ -30,13 +45,7 @@ def peak_rss_bytes() -> int:
 
 def anonymous_bytes() -> int | None:
     """Return the memory this process holds that no file backs and the system cannot drop; Linux only."""
-    return _status_bytes("RssAnon") if _STATUS.exists() else None
-
-
-def _status_bytes(key: str) -> int:
-    found = re.search(rf"^{key}:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
-    assert found, f"{_STATUS} has no {key}"
-    return int(found[1]) * 1024
+    return status_bytes("RssAnon")
 
 
 def fill_context(

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import pydantic
 
 from impq_edge.records import STRICT, Record
-from impq_edge.validation.results import Divergence
+from impq_edge.validation.results import Divergence, MemoryLimit
 from impq_edge.validation.settings import RunSettings
 
 Status = Literal["passed", "failed", "not_checked"]
@@ -74,6 +74,7 @@ class ValidationReport(Record):
     reference: str | None = None  # name of the file that this one was compared with
     reference_sha256: str | None = None
     divergence: Divergence | None = None  # None: there was no reference, or a prediction is not finite
+    memory_limit: MemoryLimit | None = None  # of the process that ran the model; None: it had none
 
     def __post_init__(self) -> None:
         if self.passed != all(check.status != "failed" for check in self.checks):

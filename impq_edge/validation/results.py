@@ -1,7 +1,7 @@
 """What the child process measures: plain values that travel as JSON. Imports nothing heavy, on either side."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 if TYPE_CHECKING:
     import pydantic
@@ -119,3 +119,14 @@ class Build:
     llama_cpp: str
     llama_cpp_python: str
     system_info: str  # features and instruction sets, in its own words
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryLimit:
+    """How much memory the process that runs the model may hold, and what holds it to that."""
+
+    # A plain dict with the values of records.STRICT, as in RunSettings.
+    __pydantic_config__: ClassVar["pydantic.ConfigDict"] = {"extra": "forbid", "allow_inf_nan": False}
+
+    limit_bytes: int
+    method: Literal["cgroup v2", "cgroup v1", "data limit and polling", "not limited here"]

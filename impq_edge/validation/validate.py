@@ -4,7 +4,7 @@ import dataclasses
 import os
 from importlib import metadata
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 from impq_edge.data import data_path
 from impq_edge.devices.profile import DeviceProfile, is_this_machine
@@ -13,9 +13,9 @@ from impq_edge.ggml.cache import KvType
 from impq_edge.records import read_text, sha256_file, sha256_files, sha256_json
 from impq_edge.validation.checks import check_all, check_divergence
 from impq_edge.validation.file import FileFacts, read_facts
-from impq_edge.validation.process import Progress, run_child
+from impq_edge.validation.process import Progress, choose_limit, run_child
 from impq_edge.validation.report import Check, ValidationReport
-from impq_edge.validation.results import Build, Divergence, Run, Score
+from impq_edge.validation.results import Build, Divergence, MemoryLimit, Run, Score
 from impq_edge.validation.settings import RunSettings
 
 DEFAULT_WINDOWS = 24
@@ -45,6 +45,7 @@ def validate(
     repetitions: int = 3,
     fill_s: float = FILL_S,
     timeout_s: float = 3600.0,
+    memory_limit_bytes: int | Literal["device"] | None = "device",
     progress: Progress = lambda _stage, _done, _total: None,
 ) -> ValidationReport:
     """Measure a finished GGUF: perplexity, speed, peak memory, text; and check it against a device.
@@ -70,19 +71,29 @@ def validate(
         How long the context may be filled for the memory check, in seconds.
     timeout_s
         How long each of the two child processes may take, in seconds.
+    memory_limit_bytes
+        What each child process that loads the file may hold, in bytes; "device": the device's memory less its system
+        reserve, or no limit where there is no device; None: no limit. On a machine that is not the device, a child
+        that compares with a reference has no limit of the device's: the reference is not for it.
     progress
         Called with the stage, what is done and what there is.
 
     Raises
     ------
     ValidationError
-        When the file or the reference is no sound GGUF, llama.cpp refuses one or dies of it, the two have
-        different vocabularies, the text is too short, or an option is out of range.
+        When the file or the reference is no sound GGUF, the file is larger than the limit of memory or its process
+        reaches it, llama.cpp refuses one or dies of it, the two have different vocabularies, the text is too
+        short, or an option is out of range.
     RecordError
         When the text cannot be read.
     """
-    _check_counts(windows=windows, generated_tokens=generated_tokens, repetitions=repetitions, threads=threads)
+    limit_bytes = _limit_bytes(memory_limit_bytes, device)
+    _check_counts(windows=windows, generated_tokens=generated_tokens, repetitions=repetitions, threads=threads,
+                  memory_limit_bytes=limit_bytes)  # fmt: skip
     facts = read_facts(path)
+    if limit_bytes is not None and facts.file_bytes > limit_bytes:
+        raise _too_large(facts, limit_bytes, device)
+    memory = None if limit_bytes is None else choose_limit(limit_bytes)
     reference_facts = None if reference is None else read_facts(reference)
     here = device is not None and is_this_machine(device)
     settings = _settings(facts, device, here, threads, context_tokens, kv_type, use_extra_bufts)
@@ -102,8 +113,9 @@ def validate(
         "fill_s": fill_s,
     }
     # First, because here a text that is too short or a reference of another model shows.
-    score, divergence = _score(path, reference, content, windows, settings, timeout_s, progress)
-    run = Run.from_json(run_child(run_job, timeout_s=timeout_s, progress=progress))
+    beside = None if reference is not None and not here and memory_limit_bytes == "device" else memory
+    score, divergence = _score(path, reference, content, windows, settings, timeout_s, beside, progress)
+    run = Run.from_json(run_child(run_job, timeout_s=timeout_s, memory=memory, progress=progress))
     checks = check_all(run, score, facts.file_bytes, settings.context_tokens, device, here)
     if reference is not None:
         checks = (*checks, check_divergence(divergence, reference.name))
@@ -112,10 +124,12 @@ def validate(
         reference_sha256=reference_sha256,
     )  # fmt: skip
     report = _report(path, file_sha256, facts, evaluation, device, settings, build, run, score, checks, request)
-    if reference is None:
-        return report
     return dataclasses.replace(
-        report, reference=reference.name, reference_sha256=reference_sha256, divergence=divergence
+        report,
+        reference=None if reference is None else reference.name,
+        reference_sha256=reference_sha256,
+        divergence=divergence,
+        memory_limit=memory,
     )
 
 
@@ -141,7 +155,7 @@ def compare(
         read_facts(file)
     content = read_text(text or data_path("demo", "evaluation.txt"))
     settings = RunSettings(_SCORE_CONTEXT_TOKENS, threads or available_threads())
-    _, divergence = _score(path, reference, content, windows, settings, timeout_s, progress)
+    _, divergence = _score(path, reference, content, windows, settings, timeout_s, None, progress)
     if divergence is None:
         raise ValidationError(f"The predictions of {path} are not finite; its weights are broken, build it again.")
     return divergence
@@ -154,15 +168,16 @@ def _score(
     windows: int,
     run: RunSettings,
     timeout_s: float,
+    memory: MemoryLimit | None,
     progress: Progress,
 ) -> tuple[Score, Divergence | None]:
     """Measure the perplexity and, in the same pass, the divergence where there is a reference."""
     settings = dataclasses.asdict(_score_settings(run))
     job = {"kind": "score", "file": str(path), "settings": settings, "text": text, "windows": windows}
     if reference is None:
-        return Score.from_json(run_child(job, timeout_s=timeout_s, progress=progress)), None
+        return Score.from_json(run_child(job, timeout_s=timeout_s, memory=memory, progress=progress)), None
     job |= {"kind": "compare", "reference": str(reference)}
-    found = run_child(job, timeout_s=timeout_s, progress=progress)
+    found = run_child(job, timeout_s=timeout_s, memory=memory, progress=progress)
     divergence = found["divergence"] and Divergence.from_json(found["divergence"])
     return Score.from_json(found["score"]), divergence
 
@@ -291,6 +306,20 @@ def device_settings(device: DeviceProfile, threads: int) -> RunSettings:
         flash_attention=device.flash_attention,
         use_extra_bufts=device.use_extra_bufts,
         mmap=device.mmap,
+    )
+
+
+def _limit_bytes(limit_bytes: int | Literal["device"] | None, device: DeviceProfile | None) -> int | None:
+    if limit_bytes != "device":
+        return limit_bytes
+    return device.memory_bytes - device.system_reserve_bytes if device else None
+
+
+def _too_large(facts: FileFacts, limit_bytes: int, device: DeviceProfile | None) -> ValidationError:
+    limit = f"{device.name} leaves a process" if device else "the limit of memory is"
+    return ValidationError(
+        f"{facts.files[0]} has {facts.file_bytes:,} bytes, but {limit} {limit_bytes:,}; choose a smaller file, "
+        "or measure it all the same with --memory-limit none."
     )
 
 

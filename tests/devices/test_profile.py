@@ -123,7 +123,7 @@ def test_a_name_that_is_none_is_told_the_nearest() -> None:
 def test_a_path_that_is_none_is_named(tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match="does not exist"):
         load_device(str(tmp_path / "none.toml"))
-    with pytest.raises(DeviceError, match="cannot be read"):
+    with pytest.raises(DeviceError, match="is a directory; pass a file"):
         load_device(f"{tmp_path}/")
 
 

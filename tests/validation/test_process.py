@@ -14,7 +14,7 @@ JOB = {"kind": "describe"}
     ("name", "said"),
     [
         ("SIGILL", r"GGML_NATIVE=OFF.*use_extra_bufts off"),
-        ("SIGKILL", "memory runs out; choose a shorter context"),
+        ("SIGKILL", "killed the process.*choose a shorter context"),
         ("SIGSEGV", "crashed"),
         ("SIGBUS", "check the disk"),
         ("SIGABRT", "ended by SIGABRT: last words"),

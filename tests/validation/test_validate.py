@@ -4,6 +4,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -86,13 +87,47 @@ def test_a_device_s_settings_are_used_and_its_memory_is_checked(demo_gguf: Path)
     assert settings.threads == available_threads()  # this machine is not the board
     assert statuses(found)["memory"] == "passed"
     assert found.passed
+    assert found.memory_limit
+    assert found.memory_limit.limit_bytes == 3 << 30
 
-    tight = dataclasses.replace(
-        DEVICE, memory_bytes=40 << 20, system_reserve_bytes=20 << 20, python_process_bytes=1 << 20
+
+def of_memory(limit_bytes: int) -> DeviceProfile:
+    return dataclasses.replace(
+        DEVICE, memory_bytes=limit_bytes + (20 << 20), system_reserve_bytes=20 << 20, python_process_bytes=1 << 20
     )
-    cramped = validate(demo_gguf, device=tight, **QUICK)
+
+
+def test_a_device_too_small_for_a_run_ends_it_or_fails_the_check_where_it_may_go_on(demo_gguf: Path) -> None:
+    with pytest.raises(ValidationError, match="may hold 30 MiB"):
+        validate(demo_gguf, device=of_memory(30 << 20), **QUICK)
+    cramped = validate(demo_gguf, device=of_memory(30 << 20), memory_limit_bytes=None, **QUICK)
     assert statuses(cramped)["memory"] == "failed"
     assert not cramped.passed
+    assert cramped.memory_limit is None
+
+
+@pytest.mark.parametrize(("device", "limit"), [(of_memory(5 << 20), "device"), (None, 5 << 20)])
+def test_a_file_larger_than_the_limit_is_refused_before_anything_is_read(
+    device: DeviceProfile | None, limit: int | Literal["device"], demo_gguf: Path
+) -> None:
+    begun: list[str] = []
+    with pytest.raises(ValidationError, match=r"bytes, but .* 5,242,880; choose a smaller file"):
+        validate(
+            demo_gguf,
+            device=device,
+            memory_limit_bytes=limit,
+            progress=lambda stage, _, __: begun.append(stage),
+            **QUICK,
+        )
+    assert not begun
+
+
+def test_a_reference_too_large_for_the_device_does_not_count_against_it(demo_gguf: Path, demo: Path) -> None:
+    # Both are loaded side by side, where only one of them is for the device.
+    found = validate(demo_gguf, device=of_memory(90 << 20), reference=demo_gguf, **QUICK)
+    assert found.divergence
+    with pytest.raises(ValidationError, match="may hold 55 MiB"):
+        validate(demo_gguf, memory_limit_bytes=55 << 20, reference=demo_gguf, **QUICK)
 
 
 def test_speed_limits_hold_on_the_device_itself(demo_gguf: Path) -> None:
