@@ -749,8 +749,9 @@ def _show_plans(plans: "Sequence[Plan]") -> None:
         columns["reads\ntokens/s"] = [_rate(v.speeds.prompt if v.fits else None, wide) for v in shown]
     title = f"{plans[0].model}: the most bits that fit"
     console.show_table(title, list(columns), list(zip(*columns.values(), strict=True)))
-    for note in dict.fromkeys(note for made in plans for note in made.notes):
+    for note in (note for note in plans[0].notes if all(note in made.notes for made in plans)):
         console.show_line(note)
+    console.show_line("Plan for one device to see what its speeds are predicted from, and everything else that fits.")
 
 
 def _context(variant: "Variant") -> str:

@@ -13,8 +13,10 @@ def kernels(*, weight_s: dict[TensorType, float] | None = None, **changes: Any) 
     each = {kind: 1e-11 * kind.bits_per_weight for kind in TensorType if kind is not TensorType.BF16}
     each[TensorType.Q2_K] = 6e-11  # slower than Q4_K, as it is on some processors
     each |= weight_s or {}
-    generation = TokenCosts(call_s=2e-5, element_s=0.0, attention_s=3e-10, score_s=1e-9, softcap_s=2e-8, weight_s=each)
-    prompt = TokenCosts(1e-3, 5e-10, 1e-10, 2e-9, 1e-8, {kind: cost / 4 for kind, cost in each.items()})
+    generation = TokenCosts(
+        call_s=2e-5, element_s=0.0, attention_s=3e-10, score_s=1e-9, softcap_s=2e-8, logit_s=1e-8, weight_s=each
+    )
+    prompt = TokenCosts(1e-3, 5e-10, 1e-10, 2e-9, 1e-8, 0.0, {kind: cost / 4 for kind, cost in each.items()})
     base = KernelSpeeds(3e-6, generation, prompt, generation_error=0.03, prompt_error=0.05, spread=0.04)
     return dataclasses.replace(base, **changes)
 

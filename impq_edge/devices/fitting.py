@@ -40,7 +40,7 @@ def fit_speeds(
         Enough shapes of models to tell calls, operations, elements and attention apart, and every type in some; with
         prompts.
     large
-        Models too large for caches, one of each type; none where the small ones already are.
+        Models too large for caches, one of each type; none where the small ones already are. Their prompts count too.
     device
         Its settings they were made with.
     spread
@@ -55,11 +55,16 @@ def fit_speeds(
     times = np.array([seconds for _, seconds in timed])
     operation_s, *rest = _fit(np.array(columns, float), times, times)
     generation = _costs(rest, kinds)
-    nothing = TokenCosts(0.0, 0.0, 0.0, 0.0, 0.0, dict.fromkeys(kinds, 0.0))
+    nothing = TokenCosts(0.0, 0.0, 0.0, 0.0, 0.0, 0.0, dict.fromkeys(kinds, 0.0))
     found = KernelSpeeds(operation_s, generation, nothing, 0.0, 0.0, spread)
     ratios = [work.seconds(found, generation) / seconds for work, seconds in timed]
 
-    prompts = [(one.prompt_s, prompt_work(one.spec, one.types, device, one.prompt_tokens)) for one in small]
+    # Large models' too: what a batch costs besides weights would else hide what those cost where they are few.
+    prompts = [
+        (one.prompt_s, prompt_work(one.spec, one.types, device, one.prompt_tokens))
+        for one in (*small, *large)
+        if one.prompt_s is not None
+    ]
     measured = np.array([seconds for seconds, _ in prompts], float)
     known = np.array([prompt_seconds(found, *both) for _, both in prompts])
     columns = [_row(together, kinds) for _, (together, _) in prompts]
@@ -91,12 +96,12 @@ def _generation(one: Observation, device: DeviceProfile) -> list[tuple[Work, flo
 
 def _row(work: Work, kinds: Sequence[TensorType]) -> list[float]:
     each = (work.weights.get(kind, 0) for kind in kinds)
-    return [work.calls, work.elements, work.attended, work.scores, work.capped, *each]
+    return [work.calls, work.elements, work.attended, work.scores, work.capped, work.logits, *each]
 
 
 def _costs(values: Sequence[float], kinds: Sequence[TensorType]) -> TokenCosts:
-    call_s, element_s, attention_s, score_s, softcap_s, *each = values
-    return TokenCosts(call_s, element_s, attention_s, score_s, softcap_s, dict(zip(kinds, each, strict=True)))
+    call_s, element_s, attention_s, score_s, softcap_s, logit_s, *each = values
+    return TokenCosts(call_s, element_s, attention_s, score_s, softcap_s, logit_s, dict(zip(kinds, each, strict=True)))
 
 
 def _fit(columns: NDArray[np.float64], target: NDArray[np.float64], scale: NDArray[np.float64]) -> list[float]:

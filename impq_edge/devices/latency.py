@@ -4,7 +4,7 @@ A token takes llama.cpp on a CPU
 
     calls × call_s + operations × operation_s                        threads that start and wait for one another
     + elements × element_s                                           norms, activations and the like
-    + attended × attention_s + scores × score_s + capped × softcap_s
+    + attended × attention_s + scores × score_s + capped × softcap_s + logits × logit_s
     + Σ over matrices of weights × weight_s[type of the matrix]      reading and multiplying them
 
 and a batch of tokens has costs of its own, but for ``operation_s``. Everything is linear in the types of the matrices,
@@ -89,13 +89,14 @@ class Work:
     attended: float
     scores: float
     capped: float
+    logits: float  # that are softcapped
     weights: dict[TensorType, int]
 
     def seconds(self, speeds: KernelSpeeds, costs: TokenCosts) -> float:
         """Return how long that takes."""
         overheads = self.calls * costs.call_s + self.operations * speeds.operation_s
         computed = self.elements * costs.element_s + self.attended * costs.attention_s
-        computed += self.scores * costs.score_s + self.capped * costs.softcap_s
+        computed += self.scores * costs.score_s + self.capped * costs.softcap_s + self.logits * costs.logit_s
         return overheads + computed + sum(count * costs.weight_s[kind] for kind, count in self.weights.items())
 
 
@@ -199,7 +200,8 @@ def generation_work(
     size = graph_size(hyper, GraphShape(1, 1, cells, cells, device.flash_attention, is_quantised(device.kv_type)))
     seen = _seen(hyper, range(depth_tokens, depth_tokens + tokens)) / tokens
     weights = _weights(read_tensors(spec), types)
-    return Work(1, size.operations, size.elements, seen * hyper.head_dim, seen, _capped(hyper, seen), weights)
+    attended, capped = seen * hyper.head_dim, _capped(hyper, seen)
+    return Work(1, size.operations, size.elements, attended, seen, capped, _capped_logits(hyper), weights)
 
 
 def prompt_work(spec: ModelSpec, types: TensorTypes, device: DeviceProfile, tokens: int) -> tuple[Work, Work]:
@@ -214,8 +216,8 @@ def prompt_work(spec: ModelSpec, types: TensorTypes, device: DeviceProfile, toke
     weights = {kind: tokens * count for kind, count in _weights(batched, types).items()}
     seen = _seen(hyper, range(tokens))
     elements, attended = batches * size.elements, seen * hyper.head_dim
-    together = Work(batches, batches * size.operations, elements, attended, seen, _capped(hyper, seen), weights)
-    return together, Work(0, 0, 0, 0, 0, 0, _weights(alone, types))
+    together = Work(batches, batches * size.operations, elements, attended, seen, _capped(hyper, seen), 0, weights)
+    return together, Work(0, 0, 0, 0, 0, 0, _capped_logits(hyper), _weights(alone, types))
 
 
 def prompt_seconds(speeds: KernelSpeeds, together: Work, alone: Work) -> float:
@@ -245,6 +247,10 @@ def _of_outputs(tensor: TensorSpec, hyper: HyperParameters) -> bool:
 
 def _capped(hyper: HyperParameters, seen: float) -> float:
     return 0.0 if hyper.attention_softcap is None else seen
+
+
+def _capped_logits(hyper: HyperParameters) -> int:
+    return 0 if hyper.final_softcap is None else hyper.vocabulary
 
 
 def _seen(hyper: HyperParameters, positions: range) -> int:

@@ -25,6 +25,7 @@ class TokenCosts:
     attention_s: Seconds  # per dimension of a query head and token that it attends to
     score_s: Seconds  # per head and token that it attends to
     softcap_s: Seconds  # per head and token that it attends to, more, where attention is softcapped
+    logit_s: Seconds  # per logit, where those are softcapped: one thread does it
     weight_s: dict[TensorType, Seconds]  # per weight of a matrix
     large_weight_s: dict[TensorType, Seconds] | None = None  # the same in a large model; None: as in a small one
 

@@ -328,7 +328,8 @@ def _notes(
         if v.fits and wanted and v.speeds.generation and v.speeds.generation.likely_tok_per_s < wanted
     ]  # fmt: skip
     basis = variants[0].speeds.basis
-    notes.append(f"Speeds are those of an empty context, predicted from {_BASES.get(basis, basis)}.")
+    alone = " of the processor alone, without its GPU," if device.gpu_layers else ""
+    notes.append(f"Speeds are those{alone} of an empty context, predicted from {_BASES.get(basis, basis)}.")
     if slow:
         notes.append(f"Likely slower than the {wanted:g} tokens/s that {device.name} asks for: {', '.join(slow)}.")
     return notes

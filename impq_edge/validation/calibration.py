@@ -1,10 +1,10 @@
 """The stage: a device profile on the device itself → the same with measured speeds.
 
 Models of random weights are timed in turns, so that a machine that slows down slows all of them, and medians are
-fitted. Every format appears in a wide model and in a deep, narrow one; four more have many heads, large heads,
-softcapped attention, or next to no blocks, so that what else takes time can be told apart. All but the last have about
-as many weights, so that caches serve them alike: where they fit the last-level cache, a large model of every format
-follows, of which tokens alone are timed.
+fitted. Every format appears in a wide model and in a deep, narrow one; five more have many heads, large heads,
+softcapped attention, and next to no blocks, with few or with many softcapped logits, so that what else takes time can
+be told apart. All but one have about as many weights, so that caches serve them alike: where they fit the last-level
+cache, a large model of every format follows.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ class Trial:
 
     spec: ModelSpec
     types: TensorTypes
-    large: bool = False  # no prompt is timed, which would take long and tell nothing
+    large: bool = False  # timed once per round, and no tokens after the prompt
 
     @property
     def file_bytes(self) -> int:
@@ -154,7 +154,7 @@ def plan_trials(types: Sequence[TensorType], weights: int, context: int, large_w
     trials = []
 
     def add(name: str, kind: TensorType, blocks: float, **shape: int) -> None:
-        make = gemma_shape if name == "softcap" else llama_shape
+        make = gemma_shape if name in {"softcap", "logits"} else llama_shape
         hyper = make(blocks=max(2, round(blocks)), **{"head_dim": 64, "vocabulary": 256, "context": context, **shape})
         spec = model_of(f"{name}-{kind}", hyper)
         trials.append(Trial(spec, {tensor.gguf_name: kind for tensor in spec.tensors}, name == "large"))
@@ -169,6 +169,8 @@ def plan_trials(types: Sequence[TensorType], weights: int, context: int, large_w
     add("dimensions", kind, weights / heads_block, hidden=256, ffn=256, heads=4, kv_heads=2, head_dim=256)
     add("short", kind, 2, hidden=256, ffn=768, heads=4, kv_heads=2)
     add("softcap", kind, weights / deep_block, hidden=256, ffn=768, heads=4, kv_heads=2)
+    logits = max(4096, (weights - 2 * deep_block) // 256)
+    add("logits", kind, 2, hidden=256, ffn=768, heads=4, kv_heads=2, vocabulary=logits)
     for kind in types if large_weights else ():
         add("large", kind, large_weights / wide_block, hidden=1024, ffn=1024, heads=4, kv_heads=2)
     return tuple(trials)
@@ -230,8 +232,8 @@ def _written(trials: Sequence[Trial], folder: Path, progress: Progress) -> list[
 
 def _task(file: str, trial: Trial, prompt_tokens: int) -> dict[str, Any]:
     return {
-        "file": file, "generated_tokens": _GENERATED_TOKENS, "repetitions": _REPETITIONS,
-        "prompt_tokens": 0 if trial.large else prompt_tokens, "after_prompt": not trial.large,
+        "file": file, "generated_tokens": _GENERATED_TOKENS, "repetitions": 1 if trial.large else _REPETITIONS,
+        "prompt_tokens": prompt_tokens, "after_prompt": not trial.large,
     }  # fmt: skip
 
 

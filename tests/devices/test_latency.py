@@ -187,7 +187,7 @@ def test_costs_are_found_again_from_the_times_they_make(board: DeviceProfile, fl
     assert found.generation_error < 1e-6 and found.prompt_error < 1e-6
     assert found.operation_s == pytest.approx(true.operation_s, rel=1e-3)
     for costs, wanted in ((found.generation, true.generation), (found.prompt, true.prompt)):
-        for name in ("call_s", "element_s", "attention_s", "score_s", "softcap_s"):
+        for name in ("call_s", "element_s", "attention_s", "score_s", "softcap_s", "logit_s"):
             assert getattr(costs, name) == pytest.approx(getattr(wanted, name), rel=1e-3)
         assert costs.weight_s == pytest.approx({kind: wanted.weight_s[kind] for kind in TYPES}, rel=1e-4)
 

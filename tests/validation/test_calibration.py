@@ -57,7 +57,7 @@ def test_a_calibrated_profile_is_the_old_one_with_speeds(mine: Path, tmp_path: P
         str(mine), out, minutes=0, force=True, types=TYPES, weights=WEIGHTS, large_weights=LARGE, say=told.append
     )
     assert [path.name for path in out.parent.iterdir()] == ["calibrated.toml"]
-    assert len(told) == 1 and told[0].startswith("This writes 10 models of ")
+    assert len(told) == 1 and told[0].startswith("This writes 11 models of ")
 
     before, after = load_toml(mine), load_toml(out)
     speed, source = after.pop("speed"), after["sources"].pop("speed")
@@ -90,23 +90,23 @@ def test_an_interrupted_calibration_goes_on(mine: Path, tmp_path: Path) -> None:
 
     def stop_in_the_second_turn(stage: str, done: int, total: int) -> None:
         seen.append((stage, done, total))
-        if (stage, done) == ("timing models", 9):
+        if (stage, done) == ("timing models", 10):
             raise KeyboardInterrupt
 
     options = {"minutes": 0.0, "force": True, "types": TYPES, "weights": WEIGHTS, "large_weights": 0}
     with pytest.raises(KeyboardInterrupt):
         calibrate(str(mine), out, progress=stop_in_the_second_turn, **options)  # type: ignore[arg-type]
-    assert seen[-1] == ("timing models", 9, 48)
+    assert seen[-1] == ("timing models", 10, 54)
     assert {path.name for path in tmp_path.iterdir()} == {mine.name, journal.name}
     kept = Measurements.load(journal)
-    assert [turn.use_extra_bufts for turn in kept.turns] == [False] and len(kept.turns[0].times) == 8
+    assert [turn.use_extra_bufts for turn in kept.turns] == [False] and len(kept.turns[0].times) == 9
 
     # The kept times are really used: were they absurd, the fit would be.
     absurd = tuple(Times(t.prompt_s, (1e3,) * 9, (1e3,) * 9) for t in kept.turns[0].times)
     dataclasses.replace(kept, turns=(dataclasses.replace(kept.turns[0], times=absurd),)).save(journal)
     seen.clear()
     made = calibrate(str(mine), out, progress=lambda *step: seen.append(step), **options)  # type: ignore[arg-type]
-    assert next(step for step in seen if step[0] == "timing models") == ("timing models", 8, 48)
+    assert next(step for step in seen if step[0] == "timing models") == ("timing models", 9, 54)
     assert not journal.exists() and out.exists()
     assert made.speed and made.speed.plain and made.speed.repacked
     trial = plan_trials(TYPES, WEIGHTS, 2048)[0]
@@ -147,7 +147,7 @@ def test_random_models_run_and_are_read_back(tmp_path: Path, kind: str, shape: i
 def test_models_are_of_one_size_and_of_every_type() -> None:
     trials = plan_trials(tuple(TensorType), 12_000_000, 4096, 128_000_000)
     sizes = {trial.spec.name.split("-")[0]: model_size(trial.spec) for trial in trials}
-    assert sizes.keys() == {"wide", "deep", "heads", "dimensions", "softcap", "short", "large"}
+    assert sizes.keys() == {"wide", "deep", "heads", "dimensions", "softcap", "short", "logits", "large"}
     for name, size in sizes.items():
         wanted = {"large": 128_000_000, "short": 1_600_000}.get(name, 12_000_000)
         assert 0.9 * wanted < size < 1.1 * wanted, name
