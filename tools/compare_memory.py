@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llama_buffers import LOGGED_BYTES, Buffers, allocate, shape_spec, write_hollow
+from llama_buffers import LOGGED_BYTES, Buffers, allocate, write_hollow
 from llama_cpp import llama_cpp as api
 
 import impq_edge
@@ -35,6 +35,7 @@ from impq_edge.model.recipe import TensorTypes, data_bytes, tensor_types
 from impq_edge.model.spec import ModelSpec, read_model
 from impq_edge.validation.process import run_child
 from impq_edge.validation.settings import RunSettings
+from impq_edge.validation.synthetic import model_of
 
 OVER, UNDER = 0.02, 0.01
 """What is tolerated: 2 % too much, 1 % too little."""
@@ -168,7 +169,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 def compare_shape(name: str, folder: Path, options: argparse.Namespace) -> list[Row]:
     """Compare a published shape with llama.cpp's simulation of it."""
-    spec = shape_spec(name, HyperParameters(**{**COMMON, **SHAPES[name]}))
+    spec = model_of(name, HyperParameters(**{**COMMON, **SHAPES[name]}))
     types = tensor_types(spec, [TensorType.Q4_K] * spec.n_blocks, TensorType.Q6_K)
     path = write_hollow(folder / f"{name}.gguf", spec, types)
     rows = [

@@ -24,13 +24,14 @@ from pathlib import Path
 
 import llama_cpp
 from compare_memory import COMMON, SHAPES, Case, convert, types_of
-from llama_buffers import LOGGED_BYTES, Buffers, allocate, shape_spec, write_hollow
+from llama_buffers import LOGGED_BYTES, Buffers, allocate, write_hollow
 from llama_cpp import llama_cpp as api
 
 from impq_edge.devices.memory import MemoryPlan, memory_plan
 from impq_edge.model.config import HyperParameters
 from impq_edge.model.recipe import data_bytes
 from impq_edge.model.spec import ModelSpec, read_model
+from impq_edge.validation.synthetic import model_of
 
 LIBRARIES = Path(llama_cpp.__file__).parent / "lib"
 SIMULATED = ("llama-3.1-8b", "qwen3-0.6b", "gemma-2-2b")
@@ -125,7 +126,7 @@ def compare(models: list[Path], folder: Path) -> Iterator[Line]:
             for layers in _layers(spec):
                 yield _line(spec, path, Case(700, mmap=mmap, use_extra_bufts=extra), layers, simulate=False)
     for name in SIMULATED:
-        spec = shape_spec(name, HyperParameters(**{**COMMON, **SHAPES[name]}))
+        spec = model_of(name, HyperParameters(**{**COMMON, **SHAPES[name]}))
         path = write_hollow(folder / f"{name}.gguf", spec, types_of(spec))
         for case in CASES:
             for layers in _layers(spec):

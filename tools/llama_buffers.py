@@ -12,10 +12,10 @@ from pathlib import Path
 import gguf
 from llama_cpp import llama_cpp as api
 
+from impq_edge.conversion.metadata import add_hyperparameters
 from impq_edge.devices.profile import DeviceProfile
-from impq_edge.model.config import HyperParameters
 from impq_edge.model.recipe import TensorTypes
-from impq_edge.model.spec import ModelSpec, Role, TensorSpec
+from impq_edge.model.spec import ModelSpec
 
 LOGGED_BYTES = 0.0051 * 2**20
 """The log has MiB with two decimals: half of the last, and a little for its own rounding."""
@@ -108,35 +108,12 @@ def _parsed(log: str) -> Buffers:
     )
 
 
-def shape_spec(name: str, hyper: HyperParameters) -> ModelSpec:
-    """Return the tensors a model of these numbers has, without a checkpoint."""
-    return ModelSpec(name, hyper, tuple(_tensor(*item) for item in hyper.expected_shapes().items()), "0" * 64)
-
-
-def _tensor(name: str, shape: tuple[int, ...]) -> TensorSpec:
-    roles: dict[str, Role] = {"token_embd.weight": "embedding", "output.weight": "head"}
-    role = roles.get(name, "vector" if len(shape) == 1 else "matrix")
-    return TensorSpec(name, name, shape, role, int(name.split(".")[1]) if name.startswith("blk.") else None, None)
-
-
 def write_hollow(path: Path, spec: ModelSpec, types: TensorTypes) -> Path:
     """Write a GGUF with the header of a model, no vocabulary, and a hole where the weights would be."""
     hyper = spec.hyperparameters
     writer = gguf.GGUFWriter(path, hyper.architecture)
-    writer.add_vocab_size(hyper.vocabulary)
     writer.add_tokenizer_model("no_vocab")
-    writer.add_context_length(hyper.context)
-    writer.add_embedding_length(hyper.hidden)
-    writer.add_block_count(hyper.n_blocks)
-    writer.add_feed_forward_length(hyper.ffn)
-    writer.add_head_count(hyper.n_heads)
-    writer.add_head_count_kv(hyper.n_kv_heads)
-    writer.add_key_length(hyper.head_dim)
-    writer.add_value_length(hyper.head_dim)
-    writer.add_rope_dimension_count(hyper.head_dim)
-    writer.add_layer_norm_rms_eps(hyper.rms_epsilon)
-    if hyper.sliding_window:
-        writer.add_sliding_window(hyper.sliding_window)
+    add_hyperparameters(writer, hyper)
     for tensor in spec.tensors:
         kind = types[tensor.gguf_name]
         size = kind.tensor_bytes(tensor.shape)

@@ -107,7 +107,7 @@ def add_metadata(
         llama.cpp tokenises.
     """
     _add_general(writer, spec, types)
-    _add_hyperparameters(writer, spec.hyperparameters)
+    add_hyperparameters(writer, spec.hyperparameters)
     _add_tokenizer(writer, tokenizer)
     _add_origin(writer, recipe, origin or Origin())
 
@@ -135,7 +135,8 @@ def file_type(spec: ModelSpec, types: TensorTypes) -> LlamaFileType:
     return _FILE_TYPES[max(weights, key=lambda kind: (weights[kind], kind.bits_per_weight))]
 
 
-def _add_hyperparameters(writer: GGUFWriter, hyper: HyperParameters) -> None:
+def add_hyperparameters(writer: GGUFWriter, hyper: HyperParameters) -> None:
+    """Add the keys from which llama.cpp knows a model's numbers."""
     writer.add_vocab_size(hyper.vocabulary)
     writer.add_context_length(hyper.context)
     writer.add_embedding_length(hyper.hidden)

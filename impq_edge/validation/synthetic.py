@@ -8,6 +8,7 @@ import numpy as np
 from gguf import GGUFWriter
 from numpy.typing import NDArray
 
+from impq_edge.conversion.metadata import add_hyperparameters
 from impq_edge.ggml.encode import encode
 from impq_edge.ggml.types import TensorType
 from impq_edge.model.config import HyperParameters
@@ -67,22 +68,8 @@ def write_random(
     """
     hyper = spec.hyperparameters
     writer = GGUFWriter(path, hyper.architecture)
-    writer.add_vocab_size(hyper.vocabulary)
-    writer.add_context_length(hyper.context)
-    writer.add_embedding_length(hyper.hidden)
-    writer.add_feed_forward_length(hyper.ffn)
-    writer.add_block_count(hyper.n_blocks)
-    writer.add_head_count(hyper.n_heads)
-    writer.add_head_count_kv(hyper.n_kv_heads)
-    writer.add_key_length(hyper.head_dim)
-    writer.add_value_length(hyper.head_dim)
-    writer.add_rope_dimension_count(hyper.head_dim)
-    writer.add_layer_norm_rms_eps(hyper.rms_epsilon)
+    add_hyperparameters(writer, hyper)
     writer.add_tokenizer_model("none")
-    if hyper.sliding_window and hyper.attention_softcap and hyper.final_softcap:
-        writer.add_sliding_window(hyper.sliding_window)
-        writer.add_attn_logit_softcapping(hyper.attention_softcap)
-        writer.add_final_logit_softcapping(hyper.final_softcap)
     pools: dict[tuple[int, TensorType], NDArray[np.uint8]] = {}
     for tensor in spec.tensors:
         if tensor.role == "vector":
