@@ -13,7 +13,7 @@ from impq_edge.ggml.encode import encode
 from impq_edge.ggml.types import TensorType
 from impq_edge.model.config import HyperParameters
 from impq_edge.model.recipe import TensorTypes
-from impq_edge.model.spec import ModelSpec, tensor_named
+from impq_edge.model.spec import ModelSpec, implied_inventory
 from impq_edge.records import sha256_json
 
 _POOL_ROWS = 16  # encoded for real and then repeated
@@ -45,8 +45,7 @@ def gemma_shape(**shape: int) -> HyperParameters:
 
 def model_of(name: str, hyper: HyperParameters) -> ModelSpec:
     """Return the record of a model of that shape that lies nowhere."""
-    tensors = tuple(tensor_named(name, shape) for name, shape in hyper.expected_shapes().items())
-    return ModelSpec(name, hyper, tensors, sha256_json([name, repr(hyper)]))
+    return ModelSpec(name, hyper, implied_inventory(hyper), sha256_json([name, repr(hyper)]))
 
 
 def write_random(

@@ -14,7 +14,8 @@ from impq_edge.devices.profile import DeviceProfile
 from impq_edge.ggml.types import TensorType
 from impq_edge.model.config import HyperParameters, Llama3Rope
 from impq_edge.model.recipe import TensorTypes, tensor_types
-from impq_edge.model.spec import ModelSpec, Role, TensorSpec
+from impq_edge.model.spec import ModelSpec
+from impq_edge.validation.synthetic import model_of
 
 _COMMON: dict[str, Any] = {
     "context": 131072, "rms_epsilon": 1e-5, "rope_theta": 500000.0, "rope_scaling": None, "attention_bias": False,
@@ -46,7 +47,7 @@ def compare() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def published() -> dict[str, ModelSpec]:
-    return {name: _spec(name, HyperParameters(**{**_COMMON, **shape})) for name, shape in _SHAPES.items()}
+    return {name: model_of(name, HyperParameters(**{**_COMMON, **shape})) for name, shape in _SHAPES.items()}
 
 
 @pytest.fixture(scope="session")
@@ -61,13 +62,3 @@ def make_device() -> Callable[..., DeviceProfile]:
 @pytest.fixture(scope="session")
 def uniform() -> Callable[[ModelSpec, TensorType], TensorTypes]:
     return lambda spec, kind: tensor_types(spec, [kind] * spec.n_blocks, TensorType.Q6_K)
-
-
-def _spec(name: str, hyper: HyperParameters) -> ModelSpec:
-    return ModelSpec(name, hyper, tuple(_tensor(n, s) for n, s in hyper.expected_shapes().items()), "0" * 64)
-
-
-def _tensor(name: str, shape: tuple[int, ...]) -> TensorSpec:
-    role: Role = "vector" if len(shape) == 1 else "matrix"
-    role = {"token_embd.weight": "embedding", "output.weight": "head"}.get(name, role)  # type: ignore[assignment]
-    return TensorSpec(name, name, shape, role, int(name.split(".")[1]) if name.startswith("blk.") else None, None)
