@@ -134,7 +134,7 @@ def calibrate(
     )
     total_bytes = sum(trial.file_bytes for trial in trials)
     say(f"This writes {len(trials)} models of {total_bytes / 2**20:,.0f} MiB beside {out} for as long as it runs, "
-        f"and takes about {minutes:g} minutes.")  # fmt: skip
+        f"and takes {minutes:g} minutes, or longer where three rounds of all need it.")  # fmt: skip
     request = sha256_json([cpu_name(), build.system_info, build.llama_cpp, dataclasses.asdict(settings), repr(trials)])
     try:
         files = _written(trials, folder, progress)
