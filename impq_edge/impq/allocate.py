@@ -146,7 +146,7 @@ def bits_at(
     alpha: float = 0.5,
 ) -> tuple[int, ...]:
     """Return the bits of the N players in IMPQ's answer to a limit on average bits alone, without a device."""
-    *_, choice = _solved(phi, covariance, alpha, (_average_bits_constraint(players, PUBLISHED_TYPES, target),))
+    *_, choice = _solved(phi, covariance, alpha, (average_bits_constraint(players, PUBLISHED_TYPES, target),))
     return tuple(PUBLISHED_TYPES[kind] for kind in choice)
 
 
@@ -180,7 +180,7 @@ def _problem(
     return Problem(tuple(map(tuple, losses.tolist())), tuple(map(tuple, quadratic.tolist())), constraints)
 
 
-def _average_bits_constraint(players: Sequence[Player], types: tuple[int, ...], target: Fraction) -> Constraint:
+def average_bits_constraint(players: Sequence[Player], types: tuple[int, ...], target: Fraction) -> Constraint:
     """Σ weights_i (bits_i − lowest) ≤ (target − lowest) Σ weights_i over the blocks; the outer players are free."""
     weights = [0 if player.block is None else player.weights for player in players]
     costs = tuple(tuple(count * (bits - types[0]) for bits in types) for count in weights)
@@ -270,7 +270,7 @@ class _Sizes:
             left = self._file_limit_bytes - self._file_bytes(self._lowest)
             found.append(Constraint("file budget", "bytes", self._costs(data_bytes), left))
         if self.request.average_bits is not None:
-            found.append(_average_bits_constraint(self.players, self.request.types, self.request.average_bits))
+            found.append(average_bits_constraint(self.players, self.request.types, self.request.average_bits))
         if self._token_time is not None:
             time = self._token_time
             left = time.limit_ns - time.fixed_ns - time.matrices_ns(self.spec, self.types(self.bits(self._lowest)))

@@ -80,22 +80,28 @@ def _from_marginals(increases: NDArray[np.float64], independent: NDArray[np.floa
     return Estimate(phi, spread / np.sqrt(count), centred.T @ centred / len(increases))
 
 
-def _from_pairs(n_players: int, draws: Sequence[Draw], losses: Mapping[Coalition, float]) -> Estimate:
+def complement_pairs(n_players: int, draws: Sequence[Draw], losses: Mapping[Coalition, float]) -> Pairs:
+    """Gather evaluated complement pairs, as regressions on them take them; ``draws`` as ``stratified`` makes them."""
     none, total = losses[uniform(4, n_players)], losses[uniform(2, n_players)] - losses[uniform(4, n_players)]
-    if n_players == 1:
-        return Estimate(np.array([total]), np.zeros(1), np.zeros((1, 1)))
-    if not draws:
-        raise SensitivityError("There are 0 complement pairs to estimate from; evaluate at least 1.")
     kept = np.array([[player in draw for player in range(n_players)] for draw in map(set, draws)])
     sides: list[Coalition] = [tuple(4 if k else 2 for k in row) for row in kept.tolist()]
     one = np.array([losses[side] for side in sides])
     other = np.array([losses[complement(side)] for side in sides])
-    pairs = Pairs(
+    return Pairs(
         signs=np.where(kept, -1.0, 1.0),
         sizes=np.array([stratum_of(draw, n_players) for draw in draws]),
         differences=one - other,
         cuts=total - (one - none) - (other - none),
         total=total,
     )
+
+
+def _from_pairs(n_players: int, draws: Sequence[Draw], losses: Mapping[Coalition, float]) -> Estimate:
+    if n_players == 1:
+        total = losses[uniform(2, n_players)] - losses[uniform(4, n_players)]
+        return Estimate(np.array([total]), np.zeros(1), np.zeros((1, 1)))
+    if not draws:
+        raise SensitivityError("There are 0 complement pairs to estimate from; evaluate at least 1.")
+    pairs = complement_pairs(n_players, draws, losses)
     phi, phi_stderr = shares(pairs)
     return Estimate(phi, phi_stderr, covariance_of_marginals(interactions(pairs, phi)))

@@ -22,7 +22,7 @@ from impq_edge.spqe.graphs import MAX_FLOP, Graphs
 from impq_edge.spqe.observe import Observer
 from impq_edge.spqe.sampling import Coalition
 from impq_edge.spqe.versions import Versions
-from impq_edge.spqe.walk import Walk
+from impq_edge.spqe.walk import Hidden, Walk
 
 Progress = Callable[[int], None]
 """Told how many steps have just been finished."""
@@ -132,11 +132,16 @@ class Game:
     @torch.inference_mode()
     def losses(self, coalition: Coalition) -> NDArray[np.float64]:
         """Return the mean negative log-likelihood per token of each window, in nats, shape (windows,)."""
+        return self._losses(self.leaving(coalition))
+
+    @torch.inference_mode()
+    def leaving(self, coalition: Coalition) -> Hidden:
+        """Return what leaves the last block when the game's text passes a coalition."""
         start, trace = self._best_start(coalition)
         entering = [*trace.entering[: start + 1]]
         del trace
         self._last = None  # what is not shared makes room for what comes
-        bits = [tuple(coalition[owner] for owner in owners) for owners in self._owners]
+        bits = self._bits(coalition)
         for index, layer in enumerate(self._versions.blocks(start, bits), start):
             entering.append([self._replay(layer, index, bits[index], batch) for batch in entering[index]])
         self.blocks_computed += self.spec.n_blocks - start
@@ -144,7 +149,19 @@ class Game:
         self._last = _Trace(coalition, entering)
         if set(coalition) == {4}:
             self._base = self._last
-        return self._losses(entering[-1])
+        return entering[-1]
+
+    @torch.inference_mode()
+    def passed(self, walk: Walk, coalition: Coalition) -> Hidden:
+        """Return what leaves the last block when another text passes a coalition: nothing reused, nothing kept."""
+        hidden = walk.embedded
+        for index, layer in enumerate(self._versions.blocks(0, self._bits(coalition))):
+            hidden = [walk.run(layer, index, batch) for batch in hidden]
+        return hidden
+
+    def _bits(self, coalition: Coalition) -> list[tuple[Bits, ...]]:
+        """Return the bits of every matrix of every block."""
+        return [tuple(coalition[owner] for owner in owners) for owners in self._owners]
 
     @property
     def recomputed_share(self) -> float:

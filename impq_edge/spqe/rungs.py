@@ -175,21 +175,7 @@ class _Measurement:
         if first is not None:
             for block in range(first, self._job.spec.n_blocks):
                 hidden = [self._walk.run(self._layers[block], block, batch) for batch in hidden]
-        of_windows = [
-            self._kl(reference, self._walk.entering_head(batch)).view(len(batch), -1).mean(dim=1)
-            for reference, batch in zip(self._reference, hidden, strict=True)
-        ]
-        values: NDArray[np.float64] = torch.cat(of_windows).double().cpu().numpy()
-        return values
-
-    def _kl(self, reference: torch.Tensor, entering: torch.Tensor) -> torch.Tensor:
-        """Return Σ p (log p − log q) of every token, (tokens,), from what enters the heads."""
-        step, found = self._walk.tokens_per_chunk // 2 or 1, []  # two models' logits are alive
-        for first in range(0, len(reference), step):
-            log_p = self._walk.logits(reference[first : first + step], self._head).log_softmax(dim=1)
-            log_q = self._walk.logits(entering[first : first + step]).log_softmax(dim=1)
-            found.append((log_p.exp() * (log_p - log_q)).sum(dim=1))
-        return torch.cat(found)
+        return self._walk.divergences(self._reference, hidden, self._head)
 
 
 def _finite(values: NDArray[np.float64], what: str) -> NDArray[np.float64]:

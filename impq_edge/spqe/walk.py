@@ -100,6 +100,38 @@ class Walk:
         losses: NDArray[np.float64] = torch.cat(means).double().cpu().numpy()
         return losses
 
+    def divergences(
+        self, reference: Sequence[torch.Tensor], hidden: Sequence[torch.Tensor], head: torch.Tensor | None = None
+    ) -> NDArray[np.float64]:
+        """Return each window's mean KL divergence Σ p (log p − log q) to another model's p, (windows,), nats per token.
+
+        Parameters
+        ----------
+        reference
+            What enters that model's head, of every batch, as :meth:`entering_head` returns it.
+        hidden
+            What leaves this model's last block.
+        head
+            That model's head, where it is not this one's.
+        """
+        means = [
+            self._token_divergences(before, self.entering_head(batch), head).view(len(batch), -1).mean(dim=1)
+            for before, batch in zip(reference, hidden, strict=True)
+        ]
+        divergences: NDArray[np.float64] = torch.cat(means).double().cpu().numpy()
+        return divergences
+
+    def _token_divergences(
+        self, reference: torch.Tensor, entering: torch.Tensor, head: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return Σ p (log p − log q) of every token, (tokens,), from what enters the heads."""
+        step, found = self.tokens_per_chunk // 2 or 1, []  # two models' logits are alive
+        for first in range(0, len(reference), step):
+            log_p = self.logits(reference[first : first + step], head).log_softmax(dim=1)
+            log_q = self.logits(entering[first : first + step]).log_softmax(dim=1)
+            found.append((log_p.exp() * (log_p - log_q)).sum(dim=1))
+        return torch.cat(found)
+
     def _token_losses(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Return −log p of every token but the first of each window, (windows, T − 1)."""
         entering, targets = self.entering_head(hidden), ids[:, 1:].flatten()

@@ -1,0 +1,158 @@
+"""Rounds on the curve: evaluate what a model of the game thinks best under each budget, fit it again, go on.
+
+What is returned is the best allocation that was *measured*, so that a wrong model costs evaluations and nothing else.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from impq_edge.impq.problem import Constraint
+from impq_edge.spqe.sampling import Coalition, uniform
+from impq_edge.spqe.surrogate import Surrogate
+
+Array = NDArray[np.float64]
+
+Ask = Callable[[Sequence[Coalition]], Array]
+"""Returns the loss of each coalition, nats per token."""
+
+BATCH = 4
+"""Coalitions a budget gets evaluated in one round."""
+
+_HOPES = (0.0, 0.5, 1.0, 2.0)  # standard deviations below its mean that a proposal is judged by, in turn
+_STARTS = 4  # of the local search, from the best that were measured
+_STEPS = 60  # at most, of a local search
+_KEPT = 24  # neighbours of every step that are kept as candidates
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """Budgets over players that are at 2 or 4 bit, as matrices."""
+
+    costs: Array  # (C, N) of a player at 4 bit beyond 2
+    budgets: Array  # (C,)
+
+    @classmethod
+    def of(cls, constraints: Sequence[Constraint]) -> "Room":
+        """Take the constraints of a program of two types."""
+        return cls(
+            np.array([[row[1] for row in c.costs] for c in constraints], dtype=np.float64),
+            np.array([c.budget for c in constraints], dtype=np.float64),
+        )
+
+    def fits(self, lowest: Array) -> NDArray[np.bool_]:
+        """Return which rows of (n, N), 1.0 where a player is at 2 bit, keep every budget."""
+        return np.asarray(((1 - lowest) @ self.costs.T <= self.budgets).all(axis=1))
+
+    @property
+    def tightest(self) -> int:
+        """The constraint of which the least can be afforded: the one that allocations lie on."""
+        return int(np.argmin(self.budgets / np.maximum(self.costs, 0).sum(axis=1)))
+
+
+def neighbours(lowest: Array, room: Room) -> Array:
+    """Return every coalition one flip or one swap away, (m, N), that keeps the budgets; ``lowest`` is (N,)."""
+    n = len(lowest)
+    flips = np.abs(np.eye(n) - lowest)
+    down, up = np.flatnonzero(lowest == 0), np.flatnonzero(lowest == 1)
+    swaps = np.repeat(lowest[None], len(down) * len(up), axis=0)
+    rows = np.arange(len(swaps))
+    swaps[rows, np.repeat(down, len(up))] = 1
+    swaps[rows, np.tile(up, len(down))] = 0
+    found: Array = np.vstack([flips, swaps])
+    return found[room.fits(found)]
+
+
+def search_rounds(
+    ask: Ask,
+    seen: Mapping[Coalition, float],
+    rooms: Sequence[Room],
+    evaluations: int,
+    batch: int = BATCH,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> None:
+    """Spend evaluations on the curve, equally on every budget.
+
+    Parameters
+    ----------
+    ask
+        Evaluates; what it returns must appear in ``seen``.
+    seen
+        Everything evaluated so far, both uniform coalitions among it.
+    rooms
+        One for each budget.
+    evaluations
+        How many ``seen`` may hold in the end.
+    """
+    while len(seen) < evaluations:
+        before = len(seen)
+        wanted: dict[Coalition, None] = {}
+        for room in rooms:
+            left = evaluations - len(seen) - len(wanted)
+            for coalition in _proposals(seen, wanted, room, min(batch, left)):
+                wanted[coalition] = None
+        ask(list(wanted))
+        progress(len(seen), evaluations)
+        if len(seen) == before:  # everything near the curve is known
+            return
+
+
+def best_measured(seen: Mapping[Coalition, float], room: Room) -> Coalition:
+    """Return the coalition of least loss, of those measured, that keeps the budgets."""
+    lowest = _matrix(list(seen))
+    fitting = [c for c, fits in zip(seen, room.fits(lowest), strict=True) if fits]
+    return min(fitting, key=lambda c: (seen[c], c))
+
+
+def _proposals(
+    seen: Mapping[Coalition, float], also: Mapping[Coalition, None], room: Room, count: int
+) -> Iterator[Coalition]:
+    if count <= 0:
+        return
+    coalitions = list(seen)
+    lowest, values = _matrix(coalitions), np.array([seen[c] for c in coalitions])
+    base = seen[uniform(4, lowest.shape[1])]
+    tightest = room.tightest
+    surrogate = Surrogate(lowest, values - base, room.costs[tightest], float(room.budgets[tightest]))
+    fitting = np.flatnonzero(room.fits(lowest))
+    starts = lowest[fitting[np.argsort(values[fitting], kind="stable")[:_STARTS]]]
+    taken = {*coalitions, *also}
+    pool = [c for c in _promising(surrogate, starts, room) if c not in taken]
+    if not pool:
+        return
+    mean, deviation = surrogate.predict(_matrix(pool))
+    for index in range(min(count, len(pool))):
+        scores = mean - _HOPES[index % len(_HOPES)] * deviation
+        best = int(np.argmin(scores))
+        yield pool[best]
+        mean[best] = np.inf
+
+
+def _promising(surrogate: Surrogate, starts: Array, room: Room) -> list[Coalition]:
+    """Descend from every start, by the mean and by what may be hoped for; return everything met, in order."""
+    met: dict[Coalition, None] = {}
+    for hope in (0.0, 1.0):
+        for start in starts:
+            here, score = start, np.inf
+            for _ in range(_STEPS):
+                around = neighbours(here, room)
+                if not len(around):
+                    break
+                mean, deviation = surrogate.predict(around)
+                scores = mean - hope * deviation
+                order = np.argsort(scores, kind="stable")
+                met.update(dict.fromkeys(_coalition(around[row]) for row in order[:_KEPT]))
+                if scores[order[0]] >= score:
+                    break
+                here, score = around[order[0]], float(scores[order[0]])
+    return list(met)
+
+
+def _matrix(coalitions: Sequence[Coalition]) -> Array:
+    return np.asarray(np.array(coalitions) == 2, dtype=np.float64)
+
+
+def _coalition(lowest: Array) -> Coalition:
+    return tuple(2 if low else 4 for low in lowest)

@@ -1,0 +1,150 @@
+"""Play the cells of the study on this machine, several processes beside one another.
+
+    python tools/study.py CELLS --models NAME=DIRECTORY … --backends hqq quanto --texts books=FILE wikitext=FILE
+
+CELLS gets one JSON per cell (`impq_edge/study/cell.py`), and journals from which a killed run goes on. Calibration
+text: the first half of each file, a stretch of its own for every seed; held out are `--held-out NAME=FILE`, and of a
+file that is also calibrated on, its second half.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def main(
+    cells: Annotated[Path, typer.Argument(help="Folder of the results.")],
+    models: Annotated[list[str], typer.Option(help="NAME=CHECKPOINT, several times.")],
+    texts: Annotated[list[str], typer.Option(help="NAME=FILE to calibrate on, several times.")],
+    held_out: Annotated[list[str], typer.Option(help="NAME=FILE to examine on, several times.")],
+    backends: Annotated[str, typer.Option(help="Comma-separated.")] = "hqq,quanto,gptq",
+    players: Annotated[str, typer.Option(help="Comma-separated: blocks, sublayers, tensors.")] = "blocks",
+    seeds: Annotated[str, typer.Option(help="Comma-separated.")] = "0,1,2",
+    tokens: Annotated[int, typer.Option(help="Of an evaluation.")] = 8192,
+    calibration_tokens: Annotated[int, typer.Option(help="That encoders see.")] = 16384,
+    exam_windows: Annotated[int, typer.Option(help="Of each held-out text.")] = 40,
+    window_tokens: Annotated[int, typer.Option()] = 512,
+    jobs: Annotated[int, typer.Option(help="Processes; they take turns on the GPUs there are.")] = 1,
+    minutes: Annotated[float, typer.Option(help="No cell is begun after so many.")] = 1e9,
+    compute: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    only: Annotated[str, typer.Option(help="Methods to play, comma-separated prefixes; all by default.")] = "",
+) -> None:
+    """Play what is missing."""
+    cells.mkdir(parents=True, exist_ok=True)
+    wanted = [
+        {"model": model, "backend": backend, "players": kind, "text": text, "seed": int(seed)}
+        for seed in seeds.split(",")
+        for model in models
+        for backend in backends.split(",")
+        for kind in players.split(",")
+        for text in texts
+    ]
+    common = {
+        "cells": str(cells), "texts": texts, "held_out": held_out, "tokens": tokens, "only": only, "compute": compute,
+        "calibration_tokens": calibration_tokens, "exam_windows": exam_windows, "window_tokens": window_tokens,
+    }  # fmt: skip
+    context = multiprocessing.get_context("spawn")
+    queue: Any = context.Queue()
+    for cell in wanted:
+        if not cell_path(cells, cell).exists():
+            queue.put(cell)
+    deadline = time.time() + 60 * minutes
+    workers = [context.Process(target=work, args=(queue, common, deadline, index)) for index in range(jobs)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    missing = [cell_path(cells, cell).name for cell in wanted if not cell_path(cells, cell).exists()]
+    print(f"{len(wanted) - len(missing)} of {len(wanted)} cells are there.", file=sys.stderr)
+    raise typer.Exit(1 if missing else 0)
+
+
+def cell_path(folder: Path, cell: dict[str, Any]) -> Path:
+    """Return where a cell's result lies."""
+    names = [cell["model"].partition("=")[0], cell["backend"], cell["players"], cell["text"].partition("=")[0]]
+    return folder / f"{'-'.join(names)}-{cell['seed']}.json"
+
+
+def work(queue: Any, common: dict[str, Any], deadline: float, index: int) -> None:
+    """Play cells until none is left or the time is over."""
+    import queue as queues
+
+    import torch
+
+    if common["compute"] == "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(index % max(1, torch.cuda.device_count()))
+    while time.time() < deadline:
+        try:
+            cell = queue.get(timeout=1)
+        except queues.Empty:
+            return
+        try:
+            play(cell, common)
+        except Exception:  # one cell must not end the others
+            print(f"{cell}:", traceback.format_exc(), file=sys.stderr, flush=True)
+
+
+def play(cell: dict[str, Any], common: dict[str, Any]) -> None:
+    """Play one cell and save it."""
+    from impq_edge.backends import load_backend
+    from impq_edge.records import atomic_path
+    from impq_edge.spqe.run import game_settings
+    from impq_edge.spqe.table import Job
+    from impq_edge.stages import open_model
+    from impq_edge.study.cell import run_cell
+    from impq_edge.study.texts import calibration_stretch, exam_stretch
+
+    folder = Path(common["cells"])
+    path = cell_path(folder, cell)
+    name, _, directory = cell["model"].partition("=")
+    opened, spec = open_model(directory)
+    backend = load_backend(cell["backend"])
+    text_name, _, text = cell["text"].partition("=")
+    seen = calibration_stretch(opened, Path(text), cell["seed"], common["calibration_tokens"], common["window_tokens"])
+    windows = seen.first(common["tokens"])
+    also = {each.partition("=")[2] for each in common["texts"]}
+    held_out = {}
+    for each in common["held_out"]:
+        its_name, _, file = each.partition("=")
+        held_out[its_name] = exam_stretch(
+            opened, Path(file), common["exam_windows"], common["window_tokens"], second_half=file in also
+        )
+    settings = game_settings(
+        cell["backend"], backend, windows, players=cell["players"], device=common["compute"], calibration=seen
+    )
+    kept = folder / "kept" / f"{name}-{text_name}-{cell['seed']}" if cell["backend"] == "kquant" else None
+    job = Job(opened, spec, backend, windows, settings, seen, kept)
+    prefixes = tuple(common["only"].split(",")) if common["only"] else ()
+
+    def progress(phase: str, done: int, total: int) -> None:
+        if not total or done == total:
+            print(f"{time.strftime('%H:%M:%S')} {path.stem} {phase} {done}", file=sys.stderr, flush=True)
+
+    made = run_cell(
+        job, held_out, cell["seed"], folder / "journals" / f"{path.stem}.journal", progress,
+        only=(lambda method: method.startswith(prefixes)) if prefixes else (lambda _: True),
+    )  # fmt: skip
+    made |= {
+        "model": name, "backend": cell["backend"], "players": cell["players"], "text": text_name, "seed": cell["seed"],
+        "device": device_name(common["compute"]),
+    }  # fmt: skip
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(made))
+
+
+def device_name(compute: str) -> str:
+    """Return what computed."""
+    import torch
+
+    return torch.cuda.get_device_name() if compute == "cuda" else "cpu"
+
+
+if __name__ == "__main__":
+    typer.run(main)
