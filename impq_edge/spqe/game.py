@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from impq_edge.backends import BITS, Backend, Bits
+from impq_edge.backends import BITS, Backend, Bits, Inputs, Stored
 from impq_edge.backends.kquant_kept import Kept
 from impq_edge.errors import SensitivityError
 from impq_edge.ggml.types import BLOCK_TYPES, type_for_row
@@ -112,19 +112,16 @@ class Game:
             if calibration is not None:
                 hidden = [self._walk.run(layer, index, batch) for batch in hidden]
             names: list[str] = []
-            stored: list[dict[Bits, torch.Tensor]] = []
+            versions: list[dict[Bits, torch.Tensor]] = []
             for tensor in self._matrices[index]:
                 names.append(tensor.name_in_block)
-                stored.append({})
+                versions.append({})
                 weight, inputs = read(tensor).to(self._walk.device), observer.take(tensor.name_in_block)
                 for bits in BITS:
-                    if kept is None:
-                        made = backend.quantise(weight, bits, inputs)
-                    else:
-                        made = kept.store(tensor, weight, type_for_row(BLOCK_TYPES[bits], tensor.shape[-1]), inputs)
-                    stored[-1][bits] = made.weight.to(self._walk.dtype)
+                    made = stored(backend, kept, tensor, weight, bits, inputs)
+                    versions[-1][bits] = made.weight.to(self._walk.dtype)
                     bits_used[bits] += made.bits_per_weight * tensor.weights
-            self._versions.add(layer, names, stored)
+            self._versions.add(layer, names, versions)
             progress(1)
         weights = sum(player.weights for player in self.players)
         return Prepared(self._losses(hidden), (bits_used[2] / weights, bits_used[4] / weights))
@@ -214,3 +211,12 @@ class Game:
                 "The model's loss is not finite on this text; validate an F16 GGUF of it to see whether it works."
             )
         return values
+
+
+def stored(
+    backend: Backend, kept: Kept | None, tensor: TensorSpec, weight: torch.Tensor, bits: Bits, inputs: Inputs | None
+) -> Stored:
+    """Return a matrix, (out, in), at 2 or 4 bit: what was kept of an earlier encoding, or a new one."""
+    if kept is None:
+        return backend.quantise(weight, bits, inputs)
+    return kept.store(tensor, weight, type_for_row(BLOCK_TYPES[bits], tensor.shape[-1]), inputs)

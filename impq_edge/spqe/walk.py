@@ -177,7 +177,7 @@ def _capture(model: Any, batches: Sequence[torch.Tensor]) -> tuple[Hidden, dict[
     for index, layer in enumerate(layers):
         layer.forward = passing(index == 0)
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: blocks are also differentiated with what is recorded here
             for batch in batches:
                 arguments.pop(len(batch), None)
                 model.model(input_ids=batch, use_cache=False)
