@@ -47,7 +47,7 @@ def run_cell(
     started = time.monotonic()
     lab = Lab(job, held_out, journal, progress)
     constraints = tuple(average_bits_constraint(lab.players, PUBLISHED_TYPES, target) for target in AVERAGE_BITS)
-    scores: dict[str, np.ndarray[Any, Any]] = dict(isolated_scores(job, progress)) if only("lim") else {}
+    scores: dict[str, Any] = {**isolated_scores(job, progress)} if only("lim") else {}
     answered: list[Answered] = []
     setting = Setting(constraints, 0, seed)
 
@@ -135,8 +135,7 @@ _ADAPTIVE: dict[str, Callable[[Asked, Setting], Answers]] = {
     "clado": methods.clado,
     "random-best": methods.random_best,
     "evolution": methods.evolution,
-    "rounds-20": lambda asked, setting: methods.rounds(asked, setting, 0.2),
-    "rounds-50": lambda asked, setting: methods.rounds(asked, setting, 0.5),
+    "rounds": lambda asked, setting: methods.rounds(asked, setting, 0.4),
 }
 
 

@@ -56,6 +56,7 @@ class Lab:
             self._reference, self.unquantised = _unquantised(job, texts, device, dtype)
             self._walk = open_walk(job.directory, job.spec, job.windows, device, dtype)
             self._held_out = {name: self._walk.beside(windows) for name, windows in held_out.items()}
+            self._judge = Judge(self._walk, self._reference.pop(""))
             calibration = calibration_walk(job, self._walk)
             self._game = Game(self._walk, job.settings.players)
             done = iter(range(1, job.spec.n_blocks + 1))
@@ -91,14 +92,49 @@ class Lab:
 
     def _measured(self, coalition: Coalition) -> NDArray[np.float64]:
         with memory_told(), torch.inference_mode():
-            hidden = self._game.leaving(coalition)
-            found = np.array(
-                [self._walk.losses(hidden).mean(), self._walk.divergences(self._reference[""], hidden).mean()]
-            )
+            found = self._judge.judged(self._game.leaving(coalition))
         if not np.isfinite(found).all():
             raise SensitivityError(
                 f"The loss of {to_text(coalition)} is not finite on this text; try another backend or its settings."
             )
+        return found
+
+
+class Judge:
+    """Loss and divergence of a text from one set of logits.
+
+    The unquantised model's probabilities are kept, 4 bytes × tokens × vocabulary: with them a divergence costs one more
+    pass over the logits, not a second head. In Σ p (log p − log q) the first half is known beforehand.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, walk: Walk, reference: Hidden) -> None:
+        self._walk = walk
+        self._tokens = sum(len(batch) for batch in reference)
+        self._chunks: list[list[torch.Tensor]] = []  # p, (tokens, vocabulary), of every batch
+        self._negative_entropy = 0.0
+        for batch in reference:
+            chunks = []
+            for entering in batch.split(walk.tokens_per_chunk):
+                log_p = walk.logits(entering).log_softmax(dim=1)
+                chunks.append(log_p.exp())
+                self._negative_entropy += float((chunks[-1] * log_p).sum(dim=1).double().sum())
+            self._chunks.append(chunks)
+
+    @torch.inference_mode()
+    def judged(self, hidden: Hidden) -> NDArray[np.float64]:
+        """Return mean loss and mean divergence, (2,), nats per token, of what leaves the last block."""
+        losses, crossed = [], []
+        for batch, ids, chunks in zip(hidden, self._walk.batches, self._chunks, strict=True):
+            entering, targets = self._walk.entering_head(batch), ids[:, 1:].flatten()
+            step = self._walk.tokens_per_chunk
+            for part, target, p in zip(entering.split(step), targets.split(step), chunks, strict=True):
+                logits = self._walk.logits(part)
+                total = logits.logsumexp(dim=1)
+                losses.append((total - logits.gather(1, target[:, None])[:, 0]).double().sum())
+                crossed.append((total - torch.linalg.vecdot(p, logits)).double().sum())
+        sums = torch.stack([torch.stack(losses).sum(), torch.stack(crossed).sum()]).cpu().numpy()
+        found: NDArray[np.float64] = (sums + [0.0, self._negative_entropy]) / self._tokens
         return found
 
 
