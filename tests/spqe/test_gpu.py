@@ -12,7 +12,10 @@ from impq_edge.model.load import read_tensor
 from impq_edge.model.players import PlayerKind, players_of
 from impq_edge.model.spec import read_model
 from impq_edge.spqe.game import Game
+from impq_edge.spqe.isolated import isolated_scores
+from impq_edge.spqe.profile import GameSettings
 from impq_edge.spqe.sampling import Coalition, draws, evaluation_order
+from impq_edge.spqe.table import Job
 from impq_edge.spqe.walk import open_walk
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -84,3 +87,26 @@ def test_graphs_and_streaming_change_no_bit_of_a_loss(
         expected = plain.losses(coalition)
         for game in (graphs, *others):
             assert np.array_equal(game.losses(coalition), expected)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize("backend", ["quanto", "gptq"])
+def test_isolated_metrics_agree_with_the_cpu(checkpoints: dict[str, Path], architecture: str, backend: str) -> None:
+    directory = checkpoints[architecture]
+    tokens = np.random.default_rng(0).integers(10, 8000, size=(5, 96))
+    gpu, cpu = (
+        isolated_scores(
+            Job(
+                directory,
+                read_model(directory),
+                load_backend(backend),
+                Windows(tokens, ""),
+                GameSettings({}, "sublayers", "", tokens.size, 96, device, dtype),
+            )
+        )
+        for device, dtype in (("cuda", "bfloat16"), ("cpu", "float32"))
+    )
+    for metric, scores in cpu.items():
+        if (metric, backend) != ("llm-mq", "gptq"):  # see above
+            assert gpu[metric] == pytest.approx(scores, rel=0.15, abs=0.02 * scores.max()), metric
+        assert np.isfinite(gpu[metric]).all()

@@ -24,18 +24,18 @@ from impq_edge.spqe.walk import TOKENS_PER_BATCH
 
 CPU = torch.device("cpu")
 TOKENS = np.random.default_rng(0).integers(10, 8000, size=(3, 96))
-HQQ = load_backend("hqq")
+QUANTO = load_backend("quanto")
 
 
 def job_of(
-    directory: Path, players: PlayerKind = "blocks", backend: Backend = HQQ, dtype: str = "float32", **changes: Any
+    directory: Path, players: PlayerKind = "blocks", backend: Backend = QUANTO, dtype: str = "float32", **changes: Any
 ) -> Job:
     settings = GameSettings({}, players, "", TOKENS.size, TOKENS.shape[1], "cpu", dtype)
     return Job(directory, read_model(directory), backend, Windows(TOKENS, ""), settings, **changes)
 
 
 def stored(directory: Path, tensor: TensorSpec, bits: Bits) -> torch.Tensor:
-    return HQQ.quantise(torch.from_numpy(read_tensor(directory, tensor)), bits).weight
+    return QUANTO.quantise(torch.from_numpy(read_tensor(directory, tensor)), bits).weight
 
 
 def whole(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
