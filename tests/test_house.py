@@ -13,8 +13,8 @@ ROOMS = [
     "errors", "records", "data", "ggml", "model", "devices", "backends", "impq", "spqe", "study", "conversion", "validation",
     "stages", "releases", "console", "cli",
 ]  # fmt: skip
-HEAVY = {"torch": {"model/load.py", "backends", "spqe", "study", "conversion/calibrated.py", "releases/preview.py",
-                   "releases/build.py", "stages"},
+HEAVY = {"torch": {"model/load.py", "backends", "spqe", "study", "conversion/calibrated.py",
+                   "releases/preview.py", "releases/build.py", "stages"},
          "transformers": {"model/load.py"}, "llama_cpp": {"validation"}, "rich": {"console.py"},
          "typer": {"cli.py"}, "click": set()}  # fmt: skip
 BASE = ["impq_edge", "impq_edge.cli", "impq_edge.devices.memory", "impq_edge.model.spec", "impq_edge.model.recipe",

@@ -34,7 +34,7 @@ def main(
     jobs: Annotated[int, typer.Option(help="Processes; they take turns on the GPUs there are.")] = 1,
     minutes: Annotated[float, typer.Option(help="No cell is begun after so many.")] = 1e9,
     compute: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
-    only: Annotated[str, typer.Option(help="Methods to play, comma-separated prefixes; all by default.")] = "",
+    skip: Annotated[str, typer.Option(help="Methods not to play, comma-separated.")] = "",
 ) -> None:
     """Play what is missing."""
     cells.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def main(
         for text in texts
     ]
     common = {
-        "cells": str(cells), "texts": texts, "held_out": held_out, "tokens": tokens, "only": only, "compute": compute,
+        "cells": str(cells), "texts": texts, "held_out": held_out, "tokens": tokens, "skip": skip, "compute": compute,
         "calibration_tokens": calibration_tokens, "exam_windows": exam_windows, "window_tokens": window_tokens,
     }  # fmt: skip
     context = multiprocessing.get_context("spawn")
@@ -121,7 +121,7 @@ def play(cell: dict[str, Any], common: dict[str, Any]) -> None:
     )
     kept = folder / "kept" / f"{name}-{text_name}-{cell['seed']}" if cell["backend"] == "kquant" else None
     job = Job(opened, spec, backend, windows, settings, seen, kept)
-    prefixes = tuple(common["only"].split(",")) if common["only"] else ()
+    skipped = set(common["skip"].split(","))
 
     def progress(phase: str, done: int, total: int) -> None:
         if not total or done == total:
@@ -129,7 +129,7 @@ def play(cell: dict[str, Any], common: dict[str, Any]) -> None:
 
     made = run_cell(
         job, held_out, cell["seed"], folder / "journals" / f"{path.stem}.journal", progress,
-        only=(lambda method: method.startswith(prefixes)) if prefixes else (lambda _: True),
+        wanted=lambda method: method not in skipped,
     )  # fmt: skip
     made |= {
         "model": name, "backend": cell["backend"], "players": cell["players"], "text": text_name, "seed": cell["seed"],

@@ -41,18 +41,18 @@ class Answered:
 
 def run_cell(
     job: Job, held_out: Mapping[str, Windows], seed: int, journal: Path, progress: Progress = lambda *_: None,
-    only: Callable[[str], bool] = lambda _: True,
+    wanted: Callable[[str], bool] = lambda _: True,
 ) -> dict[str, Any]:  # fmt: skip
     """Play every method on one game, and examine what they chose on held-out text."""
     started = time.monotonic()
     lab = Lab(job, held_out, journal, progress)
     constraints = tuple(average_bits_constraint(lab.players, PUBLISHED_TYPES, target) for target in AVERAGE_BITS)
-    scores: dict[str, Any] = {**isolated_scores(job, progress)} if only("lim") else {}
+    scores: dict[str, Any] = {**isolated_scores(job, progress)} if wanted("lim") else {}
     answered: list[Answered] = []
     setting = Setting(constraints, 0, seed)
 
     def add(name: str, asked: Asked | None, answer: Callable[[], Answers]) -> None:
-        if only(name):
+        if wanted(name):
             begun = time.monotonic()
             answers = answer()
             spent = time.monotonic() - begun

@@ -134,7 +134,7 @@ class Judge:
                 losses.append((total - logits.gather(1, target[:, None])[:, 0]).double().sum())
                 crossed.append((total - torch.linalg.vecdot(p, logits)).double().sum())
         sums = torch.stack([torch.stack(losses).sum(), torch.stack(crossed).sum()]).cpu().numpy()
-        found: NDArray[np.float64] = (sums + [0.0, self._negative_entropy]) / self._tokens
+        found: NDArray[np.float64] = (sums + np.array([0.0, self._negative_entropy])) / self._tokens
         return found
 
 
