@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "impq_edge"
 
 ROOMS = [
-    "errors", "records", "data", "ggml", "model", "devices", "backends", "impq", "spqe", "conversion", "validation",
+    "errors", "records", "data", "ggml", "model", "devices", "backends", "impq", "spqe", "study", "conversion", "validation",
     "stages", "releases", "console", "cli",
 ]  # fmt: skip
 HEAVY = {"torch": {"model/load.py", "backends", "spqe", "conversion/calibrated.py", "releases/preview.py",
