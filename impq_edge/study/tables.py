@@ -29,6 +29,8 @@ VARIANTS = ("impq-0", "impq-0.5", "impq-1", "impq-shuffled", "phi-variance")
 EVERY_TEXT = "all"
 EVERYTHING = "all"
 BEST = "best of all"
+REFERENCES = ("all 2 bit", "all 4 bit", "unquantised")
+"""What every allocation lies between."""
 
 LOW_SCOPE = f"below {LOW_BITS:g} bits"
 
@@ -178,7 +180,7 @@ def aims(cells: Sequence[Cell], ours: str) -> tuple[Aim, ...]:
     lost, with a third of its evaluations in every cell.
     """
     contests = contests_of(cells)
-    rows = []
+    rows = list[Aim]()
     for scope in (EVERYTHING, *sorted({contest.game.model for contest in contests})):
         rows += _aims([contest for contest in contests if scope in (EVERYTHING, contest.game.model)], scope, ours)
     return tuple(rows)
