@@ -239,8 +239,8 @@ def plot_regret(rows: Sequence[Regret], ours: str, path: Path) -> Path:
             _bars(axes, [found.get(method) for method in methods], ours)
             axes.set_title(_title(model), fontsize=9)
         panels[0].set_yticks(range(len(methods)), methods)
-        figure.supxlabel(
-            "perplexity above the best allocation known, held-out texts: median, 95 % interval", fontsize=9
+        figure.suptitle(
+            "Perplexity above the best allocation known, held-out texts: median and 95 % interval", fontsize=10
         )
         _legend(figure)
     return path

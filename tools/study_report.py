@@ -2,7 +2,7 @@
 
     python tools/study_report.py CELLS_DIR --method OURS [--table wins] [--json] [--out docs/study]
 
-CELLS_DIR holds the study's cells, a `.json.gz` each. The tables go to stdout, as Markdown or, with `--json`, as one
+CELLS_DIR holds the study's cells, a `.json.bz2` each. The tables go to stdout, as Markdown or, with `--json`, as one
 JSON object with every number; `--table` picks one. With `--out` the plots of those tables are written there as SVG,
 which needs matplotlib. What was not measured shows as a gap, in tables and plots alike.
 """
@@ -173,9 +173,7 @@ def summary(study: Study) -> str:
     ]
     answers = sum(len(cell.answers) for cell in study.cells)
     exams = sum(len(cell.exams) for cell in study.cells)
-    spent = (
-        f"{len(over)} of them spend more than their average, the first {over[0]}" if over else "none over its average"
-    )
+    spent = f"{len(over)} over its average, the first {over[0]}" if over else "none over its average"
     return (
         f"{len(study.cells)} cells of {len(games)} games; {answers:,} answers, {spent}; {exams:,} coalitions examined. "
         f"Ours is {study.ours}."

@@ -1,9 +1,8 @@
 """One cell of the study as a record: a game, every method's answers, and how each did on texts it had not seen."""
 
+import bz2
 import dataclasses
-import gzip
 import json
-import zlib
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,11 +13,11 @@ import pydantic
 from impq_edge.errors import RecordError
 from impq_edge.records import STRICT, Record, atomic_path, from_text, read_text
 
-WINDOW_DIGITS = 5
-"""Significant digits kept of a window's loss: 0.0001 nats of a loss below 10, a thousandth of its spread."""
-
 DIGITS = 7
-"""Significant digits kept of every other measured number; a loss differs from a rounded one by less than 1e-6 nats."""
+"""Significant digits kept of a measured number; a loss differs from a rounded one by less than 1e-6 nats."""
+
+FEWER_DIGITS = {"losses": 5, "kl": 5, "divergence": 5, "scores": 5, "loss_se": 3, "kl_se": 3}
+"""Of what is only counted, ranked or shown: a window's loss below 10 nats keeps 0.0001, a thousandth of its spread."""
 
 _MAX_TEXT_BYTES = 1 << 27  # a cell is below 1 MB; a small file can unpack to anything
 
@@ -154,17 +153,14 @@ class Cell(Record):
 
     def to_json(self) -> dict[str, Any]:
         """Return the cell as plain JSON values, rounded as a file holds them."""
-        data = super().to_json()
-        for exam in (exam for exams in data["exams"].values() for exam in exams.values()):
-            exam["losses"] = [_rounded(loss, WINDOW_DIGITS) for loss in exam["losses"]]
-        return {key: _rounded(value, DIGITS) for key, value in data.items()}
+        return {key: _rounded(value, FEWER_DIGITS.get(key, DIGITS)) for key, value in super().to_json().items()}
 
     def save(self, path: Path) -> None:
-        """Write the cell to ``path``, packed where that ends in ``.gz``: the same cell, the same bytes."""
+        """Write the cell to ``path``, packed where that ends in ``.bz2``: the same cell, the same bytes."""
         text = json.dumps(self.to_json(), separators=(",", ":"), ensure_ascii=False) + "\n"
         content = text.encode()
         with atomic_path(path) as temporary:
-            temporary.write_bytes(gzip.compress(content, 9, mtime=0) if path.suffix == ".gz" else content)
+            temporary.write_bytes(bz2.compress(content) if path.suffix == ".bz2" else content)
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -175,7 +171,7 @@ class Cell(Record):
         RecordError
             When the file is missing, not what it should be, or has a wrong field.
         """
-        return from_text(_unpacked(path) if path.suffix == ".gz" else read_text(path), path, cls)
+        return from_text(_unpacked(path) if path.suffix == ".bz2" else read_text(path), path, cls)
 
 
 def _rounded(value: Any, digits: int) -> Any:
@@ -184,26 +180,26 @@ def _rounded(value: Any, digits: int) -> Any:
     if isinstance(value, list):
         return [_rounded(one, digits) for one in value]
     if isinstance(value, dict):
-        return {key: _rounded(one, digits) for key, one in value.items()}
+        return {key: _rounded(one, FEWER_DIGITS.get(key, digits)) for key, one in value.items()}
     return value
 
 
 def _unpacked(path: Path) -> str:
     try:
-        with gzip.open(path) as file:
+        with bz2.open(path) as file:
             content = file.read(_MAX_TEXT_BYTES + 1)
         if len(content) > _MAX_TEXT_BYTES:
             raise RecordError(f"{path} unpacks to more than {_MAX_TEXT_BYTES} bytes, which no cell is; choose another.")
         return content.decode("utf-8")
     except FileNotFoundError:
         raise RecordError(f"{path} does not exist; check the path.") from None
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:  # gzip.BadGzipFile is an OSError
+    except (OSError, EOFError, UnicodeDecodeError) as error:
         raise RecordError(f"{path} cannot be unpacked ({error}); make the cell anew.") from None
 
 
 def cell_path(folder: Path, cell: Cell) -> Path:
     """Return where a folder keeps a cell."""
-    return folder / f"{cell.name}.json.gz"
+    return folder / f"{cell.name}.json.bz2"
 
 
 def load_cells(folder: Path) -> tuple[Cell, ...]:
@@ -214,10 +210,10 @@ def load_cells(folder: Path) -> tuple[Cell, ...]:
     RecordError
         When there is none, one cannot be read, or two are of the same game, text and seed.
     """
-    paths = sorted(path for path in folder.glob("*") if path.name.endswith((".json", ".json.gz")))
+    paths = sorted(path for path in folder.glob("*") if path.name.endswith((".json", ".json.bz2")))
     cells = sorted((Cell.load(path) for path in paths), key=lambda cell: (cell.name, cell.seed))
     if not cells:
-        raise RecordError(f"{folder} holds no cell of the study; give the folder that holds the .json.gz files.")
+        raise RecordError(f"{folder} holds no cell of the study; give the folder that holds the .json.bz2 files.")
     require_distinct(cells)
     return tuple(cells)
 

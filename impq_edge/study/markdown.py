@@ -17,7 +17,7 @@ from impq_edge.study.tables import (
     Same,
     Win,
 )
-from impq_edge.study.tally import Mean, Tally
+from impq_edge.study.tally import TIE_NATS, Mean, Tally
 from impq_edge.study.transfer import Lent, Transfer
 
 GAP = "–"
@@ -26,8 +26,9 @@ OF_CONTESTS = (
     "A contest is one cell (model, backend, players, calibration text, seed) at one average of bits on one held-out "
     "text. Equal is the same allocation. Clear is by more than two standard errors of the windows' paired differences. "
     "The p-values are of exact two-sided sign tests, ties left out. Contests of one game (model, backend, players) "
-    "share a model and its quantised weights and are not independent, so their p-value is too small; in the columns "
-    "of games each game has one vote, the sign of its median difference."
+    "share a model and its quantised weights, those of one cell also the answers that both held-out texts examine: "
+    "they are not independent, and their p-value is too small. In the columns of games each game has one vote, the "
+    "sign of its median difference."
 )
 OF_ERRORS = (
     "Perplexity is the geometric mean over calibration texts and seeds; ± is one standard error over those cells, "
@@ -48,7 +49,7 @@ def _number(value: float | None, digits: int = 4) -> str:
     if value is None:
         return GAP
     whole = len(f"{abs(value):.0f}") if abs(value) >= 1 else 0
-    return _minus(f"{value:,.{max(0, digits - whole)}f}")
+    return _minus(f"{value:,.{max(0, digits - whole) if value else 0}f}")
 
 
 def _with_error(value: float | None, stderr: float | None) -> str:
@@ -61,8 +62,13 @@ def _with_error(value: float | None, stderr: float | None) -> str:
     return _minus(f"{value:,.{min(places, 5)}f} ± {stderr:,.{min(places, 5)}f}")
 
 
-def _percent(share: float | None, places: int = 1) -> str:
-    return GAP if share is None else _minus(f"{100 * share:+.{places}f} %")
+def _percent(share: float | None) -> str:
+    """Return a change to a tenth of a percent, smaller ones to a hundredth; nothing but zero is 0 %."""
+    if share is None:
+        return GAP
+    if abs(share) < 5e-5:
+        return "0 %" if abs(share) < TIE_NATS else ("> −0.01 %" if share < 0 else "< +0.01 %")
+    return _minus(f"{100 * share:+.{1 if abs(share) >= 0.01 else 2}f} %")
 
 
 def _percent_with_error(nats: Mean) -> str:
@@ -70,7 +76,10 @@ def _percent_with_error(nats: Mean) -> str:
     if nats.value is None:
         return GAP
     change = _percent(math.expm1(nats.value))
-    return change if nats.stderr is None else f"{change} ± {100 * math.exp(nats.value) * nats.stderr:.1f}"
+    if not nats.stderr:
+        return change
+    error = 100 * math.exp(nats.value) * nats.stderr
+    return f"{change} ± {error:.{1 if error >= 0.1 else 2}f}"
 
 
 def _minus(text: str) -> str:
@@ -241,58 +250,84 @@ def regrets(rows: Sequence[Regret]) -> str:
 
 def _regret(row: Regret) -> str:
     if row.low_nats is None or row.high_nats is None:
-        return _percent(row.median_change, 2)
+        return _percent(row.median_change)
     low, high = (f"{100 * math.expm1(nats):.2f}" for nats in (row.low_nats, row.high_nats))
-    return f"{_percent(row.median_change, 2)} [{low}, {high}]"
+    return f"{_percent(row.median_change)} [{low}, {high}]"
 
 
 def interactions(rows: Sequence[Same]) -> str:
     """Return which variants choose alike, and which is better where they do not."""
-    lines = []
-    for row in rows:
-        scope = "all games" if row.scope == EVERYTHING else row.scope
-        share = _share(row.same / row.allocations if row.allocations else None)
-        lines.append([row.method, row.other, scope, f"{row.allocations:,}", share, *_tally(row.tally)])
-    header = ["method", "against", "of", "allocations", "the same", *_TALLY]
-    return f"{OF_CONTESTS}\n\n" + _table(header, lines, texts=3)
+    lines = [
+        [row.method, row.other, f"{row.allocations:,}", _same(row), *_tally(row.tally)]
+        for row in rows
+        if row.scope == EVERYTHING
+    ]
+    at = {(row.scope, row.method, row.other): f"{_same(row)}; {_short(row.tally)}" for row in rows}
+    pairs = [pair for pair in dict.fromkeys((row.method, row.other) for row in rows) if PUBLISHED in pair]
+    games = [scope for scope in dict.fromkeys(row.scope for row in rows) if scope != EVERYTHING]
+    return "\n".join([
+        f"{OF_CONTESTS}\n", _table(["method", "against", "allocations", "the same", *_TALLY], lines, texts=2),
+        "#### By game: the same allocations; median change of perplexity, contests lower / equal / higher\n",
+        _table(["game", *(" against ".join(pair) for pair in pairs)],
+               ([game, *(at[game, *pair] for pair in pairs)] for game in games)),
+    ])  # fmt: skip
+
+
+def _same(row: Same) -> str:
+    return _share(row.same / row.allocations if row.allocations else None)
 
 
 def transfers(rows: Sequence[Transfer], lent: Sequence[Lent]) -> str:
     """Return rank correlations between backends, and what lent allocations lose."""
-    ranks = [
-        [row.model, row.players, row.score, row.backend, row.other if row.other != row.backend else "itself",
-         str(row.pairs), *(_minus(f"{v:.3f}") if v is not None else GAP for v in (row.median, row.lowest, row.highest))]
-        for row in rows
-    ]  # fmt: skip
-    lines = [
-        [row.model, row.players, row.method, row.chosen_on, row.used_on, row.text, f"{row.known} of {row.allocations}",
-         _percent_with_error(row.loss)]
-        for row in lent
-    ]  # fmt: skip
+    lines = []
+    for row in rows:
+        values = (GAP if v is None else _minus(f"{v:.3f}") for v in (row.median, row.lowest, row.highest))
+        other = "itself" if row.other == row.backend else row.other
+        lines.append([row.model, row.players, row.score, row.backend, other, str(row.pairs), *values])
     header = ["model", "players", "score", "backend", "other", "pairs of cells", "median", "lowest", "highest"]
-    return (
+    told = (
         "Spearman's rank correlation of the players' scores, for the same model, players, calibration text and seed. "
-        "A backend with itself: other seeds and calibration texts, the most that can be expected.\n\n"
-        + _table(header, ranks, texts=5)
-        + ("\nPerplexity when a choice made on one backend is used on another, against the method's own choice there; "
-           "only of choices that were examined there too, which favours small losses.\n\n"
-           + _table(["model", "players", "method", "chosen on", "used on", "text", "known", "change"], lines, texts=6)
-           if lines else "")
-    )  # fmt: skip
+        "A backend with itself: other seeds and calibration texts, the most that can be expected."
+    )
+    return f"{told}\n\n" + _table(header, lines, texts=5) + (f"\n{_lent(lent)}" if lent else "")
+
+
+def _lent(rows: Sequence[Lent]) -> str:
+    texts = sorted({row.text for row in rows})
+    found: dict[tuple[str, ...], dict[str, Lent]] = {}
+    for row in rows:
+        found.setdefault((row.model, row.players, row.method, row.chosen_on, row.used_on), {})[row.text] = row
+    lines = []
+    for which, at in found.items():
+        known = next(f"{row.known} of {row.allocations}" for row in at.values())
+        lines.append([*which, known, *(_percent_with_error(at[text].loss) if text in at else GAP for text in texts)])
+    header = ["model", "players", "method", "chosen on", "used on", "known", *texts]
+    told = (
+        "Perplexity when a choice made on one backend is used on another, against the method's own choice there; only "
+        "of choices that were examined there too, which favours small losses."
+    )
+    return f"{told}\n\n" + _table(header, lines, texts=5)
 
 
 def player_sizes(rows: Sequence[PlayerSize]) -> str:
-    """Return kinds of players side by side, at equal average bits."""
+    """Return kinds of players at equal average bits: perplexity, and in brackets against blocks."""
     if not rows:
         return "No model and backend were played with several kinds of players.\n"
+    averages = sorted({row.average_bits for row in rows})
+    found: dict[tuple[str, ...], dict[float, PlayerSize]] = {}
+    for row in rows:
+        found.setdefault((row.model, row.backend, row.text, row.method, row.players), {})[row.average_bits] = row
     lines = [
-        [row.model, row.backend, row.text, row.method, row.players, f"{row.average_bits:g}",
-         str(row.log_perplexity.cells), _perplexity(row.log_perplexity), _percent_with_error(row.against_blocks)]
-        for row in rows
-    ]  # fmt: skip
-    header = ["model", "backend", "text", "method", "players", "average bits", "cells", "perplexity", "against blocks"]
+        [*which, *(_size(at[bits]) if bits in at else GAP for bits in averages)] for which, at in sorted(found.items())
+    ]
+    header = ["model", "backend", "text", "method", "players", *(f"{bits:g} bits" for bits in averages)]
     told = f"{OF_ERRORS} Best of all is, in each cell, the answer with the lowest calibration loss.\n\n"
     return told + _table(header, lines, texts=5)
+
+
+def _size(row: PlayerSize) -> str:
+    against = f" ({_percent_with_error(row.against_blocks)})" if row.against_blocks.cells else ""
+    return _perplexity(row.log_perplexity) + against
 
 
 def _perplexity(log: Mean) -> str:
