@@ -22,6 +22,8 @@ BLUE, VERMILLION, GREEN, PURPLE, ORANGE, GREY = "#0072B2", "#D55E00", "#009E73",
 
 _GRID = {"visible": True, "color": "#E3E3E3", "linewidth": 0.5}
 _PANELS_ACROSS = 3
+_BITS_PER_CHARACTER = 0.041  # of a label left of the lines
+_LINEAR_PERCENT = 1.0  # bars are linear up to here, and logarithmic beyond
 _NO_REGRET = 1e-4  # relative; where the logarithmic scale of regrets ends and zero is
 
 
@@ -150,7 +152,8 @@ def _perplexity_panel(axes: Any, rows: Sequence[Quality], band: dict[float, tupl
     axes.set_yscale("log")
     _log_ticks(axes)
     axes.set_xticks(averages)
-    axes.set_xlim(averages[0] - 0.62, averages[-1] + 0.08)
+    room = max(14, *(len(text) for _, _, text, _ in labels)) * _BITS_PER_CHARACTER
+    axes.set_xlim(averages[0] - 0.07 - room, averages[-1] + 0.08)
     axes.grid(which="both", **_GRID)
     _plain(axes)
     _label_left(axes, averages[0], [(math.sqrt(low * high), text, colour) for low, high, text, colour in labels])
@@ -215,14 +218,16 @@ def _colour(method: str, ours: str) -> str:
     return PURPLE if method == "evolution" else ORANGE
 
 
-_KINDS = (("ours", BLUE), ("isolated metrics", VERMILLION), ("permutations", GREEN), ("measured changes", ORANGE),
+_KINDS = (("isolated metrics", VERMILLION), ("permutations", GREEN), ("measured changes", ORANGE),
           ("evolution", PURPLE), ("random", GREY))  # fmt: skip
 
 
-def _legend(figure: Any) -> None:
+def _legend(figure: Any, ours: str) -> None:
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=colour, marker="o", linestyle="", label=name) for name, colour in _KINDS]
+    handles = [
+        Line2D([], [], color=colour, marker="o", linestyle="", label=name) for name, colour in ((ours, BLUE), *_KINDS)
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
 
 
@@ -232,7 +237,7 @@ def plot_regret(rows: Sequence[Regret], ours: str, path: Path) -> Path:
     models = _models(held_out)
     every = {row.method: row.median_nats or 0.0 for row in held_out if row.model == EVERY_MODEL}
     methods = sorted(every, key=lambda method: -every[method])
-    with _figure(path, 2.3 * len(models) + 0.6, 0.23 * len(methods) + 1.6) as figure:
+    with _figure(path, 2.5 * len(models) + 0.8, 0.23 * len(methods) + 1.6) as figure:
         panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
         for axes, model in zip(panels, models, strict=True):
             found = {row.method: row for row in held_out if row.model == model}
@@ -240,9 +245,10 @@ def plot_regret(rows: Sequence[Regret], ours: str, path: Path) -> Path:
             axes.set_title(_title(model), fontsize=9)
         panels[0].set_yticks(range(len(methods)), methods)
         figure.suptitle(
-            "Perplexity above the best allocation known, held-out texts: median and 95 % interval", fontsize=10
+            "Perplexity above the best allocation known, held-out texts: median, 95 % interval; logarithmic above 1 %",
+            fontsize=10,
         )
-        _legend(figure)
+        _legend(figure, ours)
     return path
 
 
@@ -260,7 +266,9 @@ def _bars(axes: Any, rows: Sequence[Regret | None], ours: str) -> None:
     highest = max((100 * math.expm1(row.high_nats or row.median_nats or 0) for row in rows if row), default=1.0)
     for place, row in enumerate(rows):
         if row is None:
-            axes.annotate("–", (0, place), va="center")
+            axes.annotate(
+                "not measured", (0, place), xytext=(3, 0), textcoords="offset points", va="center", fontsize=7
+            )
             continue
         middle, low, high = (
             100 * math.expm1(nats if nats is not None else row.median_nats or 0)
@@ -270,9 +278,15 @@ def _bars(axes: Any, rows: Sequence[Regret | None], ours: str) -> None:
         axes.plot([low, high], [place, place], color="black", linewidth=0.8)
         axes.annotate(_percent(middle), (max(middle, high), place), xytext=(3, 0), textcoords="offset points",
                       va="center", fontsize=7)  # fmt: skip
-    axes.set_xlim(0, 1.3 * max(highest, 1e-3))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-    axes.locator_params(axis="x", nbins=3)
+    if highest > _LINEAR_PERCENT:
+        axes.set_xscale("symlog", linthresh=_LINEAR_PERCENT, linscale=0.7)
+        axes.set_xlim(0, 8 * highest)
+        axes.set_xticks([0, *(10**power for power in range(5) if 10**power < 3 * highest)])
+    else:
+        axes.set_xlim(0, 1.3 * max(highest, 1e-3))
+        axes.locator_params(axis="x", nbins=3)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g} %" if value else "0")
+    axes.tick_params(axis="x", labelsize=7)
     axes.grid(axis="x", **_GRID)
     _plain(axes)
 
@@ -294,7 +308,7 @@ def plot_evaluations(rows: Sequence[Regret], ours: str, path: Path) -> Path:
             axes.set_title(_title(model), fontsize=9, loc="left")
         for axes in panels[len(models) :]:
             axes.set_visible(False)
-        _legend(figure)
+        _legend(figure, ours)
     return path
 
 
@@ -307,7 +321,7 @@ def _scatter(axes: Any, rows: Sequence[Regret], ours: str) -> None:
         axes.scatter(spent, lost, color=_colour(method, ours), s=size, marker=marker, zorder=3, linewidth=0)
     axes.set_xlim(-0.5, 12 * max(spent for spent, _, _ in points) + 1)
     axes.set_ylim(-_NO_REGRET / 3, 2 * max(lost for _, lost, _ in points) + _NO_REGRET)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:,g} %")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.set_xlabel("evaluations, for all averages together")
     axes.set_ylabel("perplexity above the best known")
