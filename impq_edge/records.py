@@ -76,7 +76,17 @@ def load_one_of(path: Path, *kinds: type[R]) -> R:
     RecordError
         When the file is missing, not JSON, of another schema, or has a wrong field.
     """
-    text = read_text(path)
+    return from_text(read_text(path), path, *kinds)
+
+
+def from_text(text: str, path: Path, *kinds: type[R]) -> R:
+    """Build a record of one of several kinds from its JSON; ``path`` only names the file in messages.
+
+    Raises
+    ------
+    RecordError
+        When the text is not JSON, of another schema, or has a wrong field.
+    """
     try:
         data = json.loads(text)
         if _HALF_PAIR.search(text):  # an escape can name what no file and no hash can hold

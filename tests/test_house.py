@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "impq_edge"
 
 ROOMS = [
-    "errors", "records", "data", "ggml", "model", "devices", "backends", "impq", "spqe", "study", "conversion", "validation",
-    "stages", "releases", "console", "cli",
+    "errors", "records", "data", "ggml", "model", "devices", "backends", "impq", "spqe", "study", "conversion",
+    "validation", "stages", "releases", "console", "cli",
 ]  # fmt: skip
 HEAVY = {"torch": {"model/load.py", "backends", "spqe", "study", "conversion/calibrated.py",
                    "releases/preview.py", "releases/build.py", "stages"},

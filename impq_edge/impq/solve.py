@@ -98,9 +98,9 @@ class _OuterApproximation:
         losses = np.array(problem.losses) * self._factor
         quadratic = np.array(problem.quadratic).reshape(n_pairs, n_pairs) * self._factor
         if n_pairs:
-            least = float(np.linalg.eigvalsh(quadratic)[0])  # above zero for a covariance: then the shift tightens
-            quadratic -= least * np.eye(n_pairs)
-            losses[:n_pairs, 0] += least
+            shift = _convexifying(quadratic)
+            quadratic = quadratic - np.diag(shift)
+            losses[:n_pairs, 0] += shift
         self._n_players, self._n_types = losses.shape
         self._losses = losses.ravel()
         self._quadratic = quadratic
@@ -224,6 +224,19 @@ def _budgets(problem: Problem) -> tuple[NDArray[np.float64], NDArray[np.float64]
 def _with_column(rows: Any) -> Any:
     """Append a column of zeros, for s, to a sparse or dense array."""
     return sparse.hstack([sparse.csr_matrix(rows), sparse.csr_matrix((rows.shape[0], 1))], format="csr")
+
+
+def _convexifying(quadratic: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return a diagonal d, (P,), for which K − diag(d) is positive semidefinite, and as large as is easily found.
+
+    The more of K goes into the linear term, the tighter tangents are; of a diagonal K, all of it. First the largest
+    multiple of K's own diagonal, then of the identity; where K is indefinite the second is below zero.
+    """
+    own = np.maximum(np.diag(quadratic), 0)
+    root = np.sqrt(np.where(own > 0, own, 1))
+    share = max(0.0, float(np.linalg.eigvalsh(quadratic / np.outer(root, root))[0]))
+    rest = quadratic - share * np.diag(own)
+    return share * own + float(np.linalg.eigvalsh(rest)[0])
 
 
 def _scale(problem: Problem) -> float:

@@ -24,7 +24,7 @@ Array = NDArray[np.float64]
 PERMUTATIONS = 100
 """M of the paper."""
 
-_SOLVE_S = 20.0  # for one program; an indefinite one may not be proven in that time
+_SOLVE_S = 1.0  # for one program; where interactions are strong, a proof takes minutes
 _SEARCH_STARTS = 100
 _POPULATION, _OFFSPRING = 6, 12
 
