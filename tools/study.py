@@ -7,7 +7,6 @@ text: the first half of each file, a stretch of its own for every seed; held out
 file that is also calibrated on, its second half.
 """
 
-import json
 import multiprocessing
 import os
 import sys
@@ -34,6 +33,9 @@ def main(
     jobs: Annotated[int, typer.Option(help="Processes; they take turns on the GPUs there are.")] = 1,
     minutes: Annotated[float, typer.Option(help="No cell is begun after so many.")] = 1e9,
     compute: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    permutations: Annotated[
+        int, typer.Option(help="Of the published estimator; others get a third of its cost.")
+    ] = 100,
     skip: Annotated[str, typer.Option(help="Methods not to play, comma-separated.")] = "",
 ) -> None:
     """Play what is missing."""
@@ -49,6 +51,7 @@ def main(
     common = {
         "cells": str(cells), "texts": texts, "held_out": held_out, "tokens": tokens, "skip": skip, "compute": compute,
         "calibration_tokens": calibration_tokens, "exam_windows": exam_windows, "window_tokens": window_tokens,
+        "permutations": permutations,
     }  # fmt: skip
     context = multiprocessing.get_context("spawn")
     queue: Any = context.Queue()
@@ -69,7 +72,7 @@ def main(
 def cell_path(folder: Path, cell: dict[str, Any]) -> Path:
     """Return where a cell's result lies."""
     names = [cell["model"].partition("=")[0], cell["backend"], cell["players"], cell["text"].partition("=")[0]]
-    return folder / f"{'-'.join(names)}-{cell['seed']}.json"
+    return folder / f"{'-'.join(names)}-{cell['seed']}.json.bz2"
 
 
 def work(queue: Any, common: dict[str, Any], deadline: float, index: int) -> None:
@@ -94,15 +97,15 @@ def work(queue: Any, common: dict[str, Any], deadline: float, index: int) -> Non
 def play(cell: dict[str, Any], common: dict[str, Any]) -> None:
     """Play one cell and save it."""
     from impq_edge.backends import load_backend
-    from impq_edge.records import atomic_path
     from impq_edge.spqe.run import game_settings
     from impq_edge.spqe.table import Job
     from impq_edge.stages import open_model
-    from impq_edge.study.cell import run_cell
+    from impq_edge.study.cell import Plan, run_cell
     from impq_edge.study.texts import calibration_stretch, exam_stretch
 
     folder = Path(common["cells"])
     path = cell_path(folder, cell)
+    stem = path.name.removesuffix(".json.bz2")
     name, _, directory = cell["model"].partition("=")
     opened, spec = open_model(directory)
     backend = load_backend(cell["backend"])
@@ -121,29 +124,15 @@ def play(cell: dict[str, Any], common: dict[str, Any]) -> None:
     )
     kept = folder / "kept" / f"{name}-{text_name}-{cell['seed']}" if cell["backend"] == "kquant" else None
     job = Job(opened, spec, backend, windows, settings, seen, kept)
-    skipped = set(common["skip"].split(","))
+    plan = Plan(
+        name, cell["backend"], text_name, cell["seed"], common["permutations"], frozenset(common["skip"].split(","))
+    )
 
     def progress(phase: str, done: int, total: int) -> None:
         if not total or done == total:
-            print(f"{time.strftime('%H:%M:%S')} {path.stem} {phase} {done}", file=sys.stderr, flush=True)
+            print(f"{time.strftime('%H:%M:%S')} {stem} {phase} {done}", file=sys.stderr, flush=True)
 
-    made = run_cell(
-        job, held_out, cell["seed"], folder / "journals" / f"{path.stem}.journal", progress,
-        wanted=lambda method: method not in skipped,
-    )  # fmt: skip
-    made |= {
-        "model": name, "backend": cell["backend"], "players": cell["players"], "text": text_name, "seed": cell["seed"],
-        "device": device_name(common["compute"]),
-    }  # fmt: skip
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(made))
-
-
-def device_name(compute: str) -> str:
-    """Return what computed."""
-    import torch
-
-    return torch.cuda.get_device_name() if compute == "cuda" else "cpu"
+    run_cell(plan, job, held_out, folder / "journals" / f"{stem}.journal", progress).save(path)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ _MAIN = 25.0  # prior variance of main effects, of standardised values: all but 
 _POWERS = (0.0, 0.35, 0.7, 1.0)  # of the link: 0 is the logarithm, 1 leaves the increase as it is
 _CEILINGS = (np.inf, 1.6, 1.1)  # of the increase, in multiples of the largest seen: where a lost model's loss saturates
 _PAIRS = (0.0, 0.03, 0.3)  # prior variance of all products together
-_RESTS = (0.02, 0.15)  # of the remainder
+_RESTS = (0.02, 0.15, 0.6)  # of the remainder
 _NOISES = (1e-3, 2e-2)  # of what no function of the players near this budget explains
-_REACH = 4.0  # players that differ until the remainder's correlation has fallen to 1/e
+_REACH = 8.0  # players that differ until the remainder's correlation has fallen to 1/e
 _FAR = 0.2  # in shares of all costs: evaluations so far from the budget count e times less
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from impq_edge.impq.allocate import average_bits_constraint
 from impq_edge.impq.allocation import PUBLISHED_TYPES
@@ -18,6 +19,7 @@ from impq_edge.spqe.journal import to_text
 from impq_edge.spqe.sampling import Coalition, uniform
 from impq_edge.spqe.table import Job, Progress
 from impq_edge.study import methods
+from impq_edge.study.cells import Answer, Cell, Exam, Unquantised
 from impq_edge.study.lab import Asked, Lab, Objective
 from impq_edge.study.methods import Answers, Setting
 
@@ -36,59 +38,80 @@ class Answered:
     name: str
     answers: Answers
     evaluations: int
-    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which cell is played, and how."""
+
+    model: str
+    backend: str
+    text: str  # calibrated on, by name
+    seed: int
+    permutations: int = methods.PERMUTATIONS
+    skipped: frozenset[str] = frozenset()  # methods that are not played
 
 
 def run_cell(
-    job: Job, held_out: Mapping[str, Windows], seed: int, journal: Path, progress: Progress = lambda *_: None,
-    wanted: Callable[[str], bool] = lambda _: True,
-) -> dict[str, Any]:  # fmt: skip
-    """Play every method on one game, and examine what they chose on held-out text."""
+    plan: Plan, job: Job, held_out: Mapping[str, Windows], journal: Path, progress: Progress = lambda *_: None
+) -> Cell:
+    """Play every method on one game, and examine what they chose on held-out text.
+
+    Raises
+    ------
+    SensitivityError
+        When a loss is not finite, or the GPU's memory does not suffice.
+    """
     started = time.monotonic()
     lab = Lab(job, held_out, journal, progress)
     constraints = tuple(average_bits_constraint(lab.players, PUBLISHED_TYPES, target) for target in AVERAGE_BITS)
-    scores: dict[str, Any] = {**isolated_scores(job, progress)} if wanted("lim") else {}
+    scores: dict[str, Any] = dict(isolated_scores(job, progress).items())
     answered: list[Answered] = []
-    setting = Setting(constraints, 0, seed)
+    setting = Setting(constraints, 0, plan.seed)
 
     def add(name: str, asked: Asked | None, answer: Callable[[], Answers]) -> None:
-        if wanted(name):
-            begun = time.monotonic()
+        if name not in plan.skipped:
             answers = answer()
-            spent = time.monotonic() - begun
-            answered.append(Answered(name, answers, asked.evaluations if asked else 0, spent))
+            answered.append(Answered(name, answers, asked.evaluations if asked else 0))
             progress(name, len(answered), 0)
 
-    for metric in METRICS if scores else ():
+    for metric in METRICS:
         add(metric, None, lambda metric=metric: methods.by_scores(scores[metric], setting))  # type: ignore[misc]
     for index in range(RANDOMS):
         add(f"random-mean-{index}", None, lambda i=index: methods.random_answers(len(lab.players), setting, i))  # type: ignore[misc]
     for objective, suffix in _OBJECTIVES:
-        setting = _play(lab, objective, suffix, constraints, seed, scores, add)
+        setting = _play(lab, objective, suffix, setting, plan.permutations, scores, add)
     coalitions = {c for each in answered for c in each.answers}
-    exams = {}
+    exams: dict[str, dict[str, Exam]] = {}
     everything = [uniform(2, len(lab.players)), uniform(4, len(lab.players)), *sorted(coalitions)]
     for done, coalition in enumerate(dict.fromkeys(everything), 1):
         exams[to_text(coalition)] = _examined(lab, coalition)
         progress("examining", done, len(everything))
-    return {
-        "schema": "impq-edge.study/1",
-        "tokens": job.settings.tokens,
-        "window_tokens": job.settings.window_tokens,
-        "dtype": job.settings.dtype,
-        "calibration_tokens": job.settings.calibration_tokens,
-        "backend_settings": job.settings.backend,
-        "model_sha256": job.spec.content_sha256,
-        "bits_per_weight": list(lab.prepared.bits_per_weight),
-        "budgeted_evaluations": setting.evaluations,
-        "player_names": [player.name for player in lab.players],
-        "player_weights": [player.weights for player in lab.players],
-        "scores": {name: [float(f"{v:.6g}") for v in values] for name, values in scores.items()},
-        "answers": _answers(lab, answered),
-        "exams": exams,
-        "unquantised": {name or "calibration": float(v.mean()) for name, v in lab.unquantised.items()},
-        "seconds": round(time.monotonic() - started, 1),
-    }
+    return Cell(
+        model=plan.model,
+        backend=plan.backend,
+        backend_settings={
+            **job.settings.backend, "calibration_tokens": job.settings.calibration_tokens,
+            "bits_per_weight": list(lab.prepared.bits_per_weight), "dtype": job.settings.dtype,
+        },
+        players=job.settings.players,
+        text=plan.text,
+        seed=plan.seed,
+        tokens=job.settings.tokens,
+        window_tokens=job.settings.window_tokens,
+        device=torch.cuda.get_device_name() if job.settings.device == "cuda" else "cpu",
+        versions={"torch": torch.__version__, "numpy": np.__version__},
+        player_names=tuple(player.name for player in lab.players),
+        player_weights=tuple(player.weights for player in lab.players),
+        scores={name: tuple(np.asarray(values).tolist()) for name, values in scores.items()},
+        answers=_answers(lab, answered),
+        exams=exams,
+        unquantised={
+            name: Unquantised(float(losses.mean()), _standard_error(losses))
+            for name, losses in lab.unquantised.items() if name
+        },
+        seconds=round(time.monotonic() - started, 1),
+    )  # fmt: skip
 
 
 _OBJECTIVES: tuple[tuple[Objective, str], ...] = (("loss", ""), ("divergence", "-kl"))
@@ -98,17 +121,16 @@ def _play(  # the order is free: what one method asks, another finds answered
     lab: Lab,
     objective: Objective,
     suffix: str,
-    constraints: Any,
-    seed: int,
+    setting: Setting,
+    permutations: int,
     scores: dict[str, Any],
     add: Callable[[str, Asked | None, Callable[[], Answers]], None],
 ) -> Setting:
     def fresh() -> Asked:
         return Asked(lab, objective)
 
-    setting = Setting(constraints, 0, seed)
     asked = fresh()
-    found = methods.shapley(asked, setting)
+    found = methods.shapley(asked, setting, permutations)
     setting = dataclasses.replace(setting, evaluations=asked.evaluations // SHARE)
     scores[f"phi{suffix}"], scores[f"phi-stderr{suffix}"] = found.phi, found.phi_stderr
     add(f"phi{suffix}", asked, lambda: methods.by_scores(found.phi, setting))
@@ -117,7 +139,7 @@ def _play(  # the order is free: what one method asks, another finds answered
         add(f"impq-{alpha:g}{suffix}", asked, lambda a=alpha: methods.impq(found, setting, a))  # type: ignore[misc]
     add(f"impq-shuffled{suffix}", asked, lambda: methods.shuffled(found, setting, 0.5))
     third = fresh()
-    fewer = methods.shapley(third, setting, methods.PERMUTATIONS // SHARE)
+    fewer = methods.shapley(third, setting, max(1, permutations // SHARE))
     add(f"impq-third{suffix}", third, lambda: methods.impq(fewer, setting, 0.5))
     one, other = fresh(), fresh()
     scores[f"singles{suffix}"], scores[f"leave-one-out{suffix}"] = methods.singles(one), methods.leave_one_out(other)
@@ -139,30 +161,27 @@ _ADAPTIVE: dict[str, Callable[[Asked, Setting], Answers]] = {
 }
 
 
-def _answers(lab: Lab, answered: list[Answered]) -> list[dict[str, Any]]:
-    rows = []
-    for each in answered:
-        measured = lab.ask(each.answers)
-        for target, coalition, (loss, divergence) in zip(AVERAGE_BITS, each.answers, measured.tolist(), strict=True):
-            rows.append({
-                "method": each.name, "average_bits": float(target), "coalition": to_text(coalition),
-                "evaluations": each.evaluations, "seconds": round(each.seconds, 2),
-                "loss": round(loss, 6), "divergence": round(divergence, 6),
-            })  # fmt: skip
-    return rows
+def _answers(lab: Lab, answered: list[Answered]) -> tuple[Answer, ...]:
+    return tuple(
+        Answer(each.name, float(target), to_text(coalition), each.evaluations, loss, divergence)
+        for each in answered
+        for target, coalition, (loss, divergence) in zip(
+            AVERAGE_BITS, each.answers, lab.ask(each.answers).tolist(), strict=True
+        )
+    )
 
 
-def _examined(lab: Lab, coalition: Coalition) -> dict[str, Any]:
-    found = {}
-    for name, exam in lab.examine(coalition).items():
-        found[name] = {
-            "loss": round(float(exam.losses.mean()), 6),
-            "loss_se": round(_standard_error(exam.losses), 6),
-            "kl": round(float(exam.divergences.mean()), 6),
-            "kl_se": round(_standard_error(exam.divergences), 6),
-            "losses": [float(f"{loss:.5g}") for loss in exam.losses],
-        }
-    return found
+def _examined(lab: Lab, coalition: Coalition) -> dict[str, Exam]:
+    return {
+        name: Exam(
+            loss=float(found.losses.mean()),
+            loss_se=_standard_error(found.losses),
+            kl=float(found.divergences.mean()),
+            kl_se=_standard_error(found.divergences),
+            losses=tuple(found.losses.tolist()),
+        )
+        for name, found in lab.examine(coalition).items()
+    }
 
 
 def _standard_error(values: np.ndarray[Any, Any]) -> float:

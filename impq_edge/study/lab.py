@@ -24,7 +24,7 @@ Objective = Literal["loss", "divergence"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Exam:
+class Examined:
     """What a coalition does to a text that was not used to choose it."""
 
     losses: NDArray[np.float64]  # (windows,), nats per token
@@ -79,15 +79,16 @@ class Lab:
         missing = {c for c in coalitions if to_text(c) not in self._journal.losses}
         for coalition in sorted(missing):  # sorted: activations are reused the most
             self._journal.add(to_text(coalition), self._measured(coalition))
-        return np.array([self._journal.losses[to_text(c)] for c in coalitions]).reshape(-1, 2)
+        found: NDArray[np.float64] = np.array([self._journal.losses[to_text(c)] for c in coalitions]).reshape(-1, 2)
+        return found
 
-    def examine(self, coalition: Coalition) -> dict[str, Exam]:
+    def examine(self, coalition: Coalition) -> dict[str, Examined]:
         """Return what a coalition does to every held-out text."""
         with memory_told(), torch.inference_mode():
             exams = {}
             for name, walk in self._held_out.items():
                 hidden = self._game.passed(walk, coalition)
-                exams[name] = Exam(walk.losses(hidden), walk.divergences(self._reference[name], hidden))
+                exams[name] = Examined(walk.losses(hidden), walk.divergences(self._reference[name], hidden))
         return exams
 
     def _measured(self, coalition: Coalition) -> NDArray[np.float64]:
@@ -115,7 +116,7 @@ class Judge:
         self._negative_entropy = 0.0
         for batch in reference:
             chunks = []
-            for entering in batch.split(walk.tokens_per_chunk):
+            for entering in torch.split(batch, walk.tokens_per_chunk):
                 log_p = walk.logits(entering).log_softmax(dim=1)
                 chunks.append(log_p.exp())
                 self._negative_entropy += float((chunks[-1] * log_p).sum(dim=1).double().sum())
@@ -128,7 +129,7 @@ class Judge:
         for batch, ids, chunks in zip(hidden, self._walk.batches, self._chunks, strict=True):
             entering, targets = self._walk.entering_head(batch), ids[:, 1:].flatten()
             step = self._walk.tokens_per_chunk
-            for part, target, p in zip(entering.split(step), targets.split(step), chunks, strict=True):
+            for part, target, p in zip(torch.split(entering, step), torch.split(targets, step), chunks, strict=True):
                 logits = self._walk.logits(part)
                 total = logits.logsumexp(dim=1)
                 losses.append((total - logits.gather(1, target[:, None])[:, 0]).double().sum())
@@ -149,7 +150,7 @@ class Asked:
 
     def __call__(self, coalitions: Sequence[Coalition]) -> NDArray[np.float64]:
         """Return what is to be minimised of each coalition, (coalitions,), nats per token."""
-        values = self._lab.ask(coalitions)[:, self._column]
+        values: NDArray[np.float64] = self._lab.ask(coalitions)[:, self._column]
         self._seen.update(zip(coalitions, values.tolist(), strict=True))
         return values
 
