@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from impq_edge.impq.problem import Constraint
 from impq_edge.spqe.sampling import Coalition, uniform
-from impq_edge.spqe.surrogate import Surrogate
+from impq_edge.spqe.surrogate import Prior, Surrogate
 
 Array = NDArray[np.float64]
 
@@ -71,6 +71,7 @@ def search_rounds(
     rooms: Sequence[Room],
     evaluations: int,
     batch: int = BATCH,
+    prior: Prior | None = None,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> None:
     """Spend evaluations on the curve, equally on every budget.
@@ -85,13 +86,17 @@ def search_rounds(
         One for each budget.
     evaluations
         How many ``seen`` may hold in the end.
+    batch
+        Coalitions that each budget gets in a round.
+    prior
+        What the surrogate may believe.
     """
     while len(seen) < evaluations:
         before = len(seen)
         wanted: dict[Coalition, None] = {}
         for room in rooms:
             left = evaluations - len(seen) - len(wanted)
-            for coalition in _proposals(seen, wanted, room, min(batch, left)):
+            for coalition in _proposals(seen, wanted, room, min(batch, left), prior):
                 wanted[coalition] = None
         ask(list(wanted))
         progress(len(seen), evaluations)
@@ -107,7 +112,7 @@ def best_measured(seen: Mapping[Coalition, float], room: Room) -> Coalition:
 
 
 def _proposals(
-    seen: Mapping[Coalition, float], also: Mapping[Coalition, None], room: Room, count: int
+    seen: Mapping[Coalition, float], also: Mapping[Coalition, None], room: Room, count: int, prior: Prior | None
 ) -> Iterator[Coalition]:
     if count <= 0:
         return
@@ -115,7 +120,7 @@ def _proposals(
     lowest, values = _matrix(coalitions), np.array([seen[c] for c in coalitions])
     base = seen[uniform(4, lowest.shape[1])]
     tightest = room.tightest
-    surrogate = Surrogate(lowest, values - base, room.costs[tightest], float(room.budgets[tightest]))
+    surrogate = Surrogate(lowest, values - base, room.costs[tightest], float(room.budgets[tightest]), prior)
     fitting = np.flatnonzero(room.fits(lowest))
     starts = lowest[fitting[np.argsort(values[fitting], kind="stable")[:_STARTS]]]
     taken = {*coalitions, *also}

@@ -21,13 +21,23 @@ NEAREST = 300
 """Evaluations that a fit takes into account: those whose cost is nearest the budget's."""
 
 _MAIN = 25.0  # prior variance of main effects, of standardised values: all but free
-_POWERS = (0.0, 0.35, 0.7, 1.0)  # of the link: 0 is the logarithm, 1 leaves the increase as it is
-_CEILINGS = (np.inf, 1.6, 1.1)  # of the increase, in multiples of the largest seen: where a lost model's loss saturates
-_PAIRS = (0.0, 0.03, 0.3)  # prior variance of all products together
-_RESTS = (0.02, 0.15, 0.6)  # of the remainder
 _NOISES = (1e-3, 2e-2)  # of what no function of the players near this budget explains
-_REACH = 8.0  # players that differ until the remainder's correlation has fallen to 1/e
+_REACH = 8.0  # players that differ until the remainder's correlation has fallen to 1/e; 4 and 16 predict no better
 _FAR = 0.2  # in shares of all costs: evaluations so far from the budget count e times less
+
+
+@dataclasses.dataclass(frozen=True)
+class Prior:
+    """What a surrogate may believe; each is tried, and the likeliest is taken."""
+
+    powers: tuple[float, ...] = (0.0, 0.35, 0.7, 1.0)  # of the link: 0 is the logarithm, 1 leaves the increase as it is
+    ceilings: tuple[float, ...] = (np.inf, 1.6, 1.1)  # of the link, in multiples of the largest increase seen
+    pairs: tuple[float, ...] = (0.0, 0.03, 0.3)  # prior variance of products of two players
+    rests: tuple[float, ...] = (0.02, 0.15, 0.6)  # of the remainder
+
+
+ADDITIVE = Prior(powers=(1.0,), ceilings=(np.inf,), pairs=(0.0,), rests=(0.0,))
+"""Main effects alone, of the increase itself: what is left of the method without any interaction."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +78,11 @@ class Surrogate:
         (N,), of a player at 4 bit, positive.
     budget
         Of Σ cost over the players at 4 bit.
+    prior
+        What may be believed.
     """
 
-    def __init__(self, lowest: Array, increases: Array, cost: Array, budget: float) -> None:
+    def __init__(self, lowest: Array, increases: Array, cost: Array, budget: float, prior: Prior | None = None) -> None:
         share = cost / cost.sum()
         away = np.abs((1 - lowest) @ share - budget / cost.sum())
         chosen = np.sort(np.argsort(away, kind="stable")[:NEAREST])
@@ -79,8 +91,7 @@ class Surrogate:
         self._increases = np.maximum(increases[chosen], 1e-3 * top)
         self._centre = 1 - budget / cost.sum()
         self._blur = np.exp(np.minimum(away / _FAR, 6.0))
-        self._reach = _REACH
-        self._fitted = self._most_likely(top)
+        self._fitted = self._most_likely(top, prior or Prior())
 
     @property
     def link(self) -> Link:
@@ -101,10 +112,10 @@ class Surrogate:
         prior = self._diagonal(lowest, fitted.shares)
         return mean, np.sqrt(np.maximum(prior - (solved**2).sum(axis=0), 1e-12))
 
-    def _most_likely(self, top: float) -> "_Fitted":
+    def _most_likely(self, top: float, prior: Prior) -> "_Fitted":
         """Choose the link, then how far to shrink, then the link again."""
-        links = [Link(power, ceiling * top) for power, ceiling in itertools.product(_POWERS, _CEILINGS)]
-        shares = list(itertools.product(_PAIRS, _RESTS, _NOISES))
+        links = [Link(power, ceiling * top) for power, ceiling in itertools.product(prior.powers, prior.ceilings)]
+        shares = list(itertools.product(prior.pairs, prior.rests, _NOISES))
         found = max((self._fit(link, shares[-1]) for link in links), key=_evidence)
         found = max((self._fit(found.link, each) for each in shares), key=_evidence)
         return max((self._fit(link, found.shares) for link in links), key=_evidence)
@@ -135,7 +146,7 @@ class Surrogate:
             kernel = kernel + pairs * n * (products**2 - (one**2 @ (other**2).T) / n**2)
         if rest:
             differ = lowest @ (1 - self._points).T + (1 - lowest) @ self._points.T
-            kernel = kernel + rest * np.exp(-differ / self._reach)
+            kernel = kernel + rest * np.exp(-differ / _REACH)
         result: Array = kernel
         return result
 

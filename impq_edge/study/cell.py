@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from impq_edge.backends.kquant import KQuant
 from impq_edge.impq.allocate import average_bits_constraint
 from impq_edge.impq.allocation import PUBLISHED_TYPES
 from impq_edge.impq.baselines import METRICS
@@ -17,11 +18,13 @@ from impq_edge.model.calibration import Windows
 from impq_edge.spqe.isolated import isolated_scores
 from impq_edge.spqe.journal import to_text
 from impq_edge.spqe.sampling import Coalition, uniform
+from impq_edge.spqe.surrogate import ADDITIVE, Prior
 from impq_edge.spqe.table import Job, Progress
 from impq_edge.study import methods
 from impq_edge.study.cells import Answer, Cell, Exam, Unquantised
 from impq_edge.study.lab import Asked, Lab, Objective
 from impq_edge.study.methods import Answers, Setting
+from impq_edge.study.remembering import Remembering
 
 AVERAGE_BITS = tuple(Fraction(quarter, 4) for quarter in range(9, 16))
 """2.25 to 3.75."""
@@ -63,6 +66,8 @@ def run_cell(
         When a loss is not finite, or the GPU's memory does not suffice.
     """
     started = time.monotonic()
+    if not isinstance(job.backend, KQuant):  # whose encodings are kept on disk
+        job = dataclasses.replace(job, backend=Remembering(job.backend))
     lab = Lab(job, held_out, journal, progress)
     constraints = tuple(average_bits_constraint(lab.players, PUBLISHED_TYPES, target) for target in AVERAGE_BITS)
     scores: dict[str, Any] = dict(isolated_scores(job, progress).items())
@@ -114,6 +119,15 @@ def run_cell(
     )  # fmt: skip
 
 
+_ON_THE_LOSS_ALONE = {
+    "clado", "random-best", "evolution", "evolution-seeded", "rounds-additive", "rounds-no-link", "rounds-half",
+    "rounds-quarter",
+}  # fmt: skip
+"""Methods that evaluate what nobody else does, and are not played on the divergence again."""
+
+NO_LINK = Prior(powers=(1.0,), ceilings=(np.inf,))
+"""Pairs and remainder, of the increase itself."""
+
 _OBJECTIVES: tuple[tuple[Objective, str], ...] = (("loss", ""), ("divergence", "-kl"))
 
 
@@ -146,6 +160,8 @@ def _play(  # the order is free: what one method asks, another finds answered
     add(f"singles{suffix}", one, lambda: methods.by_scores(scores[f"singles{suffix}"], setting))
     add(f"leave-one-out{suffix}", other, lambda: methods.by_scores(scores[f"leave-one-out{suffix}"], setting))
     for name, method in _ADAPTIVE.items():
+        if objective == "divergence" and name in _ON_THE_LOSS_ALONE:
+            continue
         own = fresh()
         add(f"{name}{suffix}", own, lambda m=method, a=own: m(a, setting))  # type: ignore[misc]
     return setting
@@ -157,7 +173,12 @@ _ADAPTIVE: dict[str, Callable[[Asked, Setting], Answers]] = {
     "clado": methods.clado,
     "random-best": methods.random_best,
     "evolution": methods.evolution,
-    "rounds": lambda asked, setting: methods.rounds(asked, setting, 0.4),
+    "evolution-seeded": methods.evolution_from_singles,
+    "rounds": methods.rounds,
+    "rounds-additive": lambda asked, setting: methods.rounds(asked, setting, prior=ADDITIVE),
+    "rounds-no-link": lambda asked, setting: methods.rounds(asked, setting, prior=NO_LINK),
+    "rounds-half": lambda asked, setting: methods.rounds(asked, setting, 1 / 2),
+    "rounds-quarter": lambda asked, setting: methods.rounds(asked, setting, 1 / 4),
 }
 
 

@@ -93,7 +93,7 @@ class Lab:
 
     def _measured(self, coalition: Coalition) -> NDArray[np.float64]:
         with memory_told(), torch.inference_mode():
-            found = self._judge.judged(self._game.leaving(coalition))
+            found: NDArray[np.float64] = self._judge.judged(self._game.leaving(coalition))
         if not np.isfinite(found).all():
             raise SensitivityError(
                 f"The loss of {to_text(coalition)} is not finite on this text; try another backend or its settings."

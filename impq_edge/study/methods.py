@@ -17,12 +17,16 @@ from impq_edge.spqe.complements import interactions
 from impq_edge.spqe.estimate import Estimate, complement_pairs, estimate
 from impq_edge.spqe.rounds import Room, best_measured, neighbours, search_rounds
 from impq_edge.spqe.sampling import Coalition, coalitions_of, draws, draws_for, evaluation_order
+from impq_edge.spqe.surrogate import Prior
 from impq_edge.study.lab import Asked
 
 Array = NDArray[np.float64]
 
 PERMUTATIONS = 100
 """M of the paper."""
+
+DESIGNED = 0.4
+"""Share of the evaluations that rounds begin with; the rest is spent near the budgets."""
 
 _SOLVE_S = 1.0  # for one program; where interactions are strong, a proof takes minutes
 _SEARCH_STARTS = 100
@@ -130,10 +134,19 @@ def random_best(asked: Asked, setting: Setting) -> Answers:
     answers = []
     for room in setting.rooms:
         several = _randoms(generator, asked.n_players, room)
-        drawn = [next(several) for _ in range(setting.evaluations // len(setting.constraints))]
+        drawn = [next(several) for _ in range(max(1, setting.evaluations // len(setting.constraints)))]
         values = asked(drawn)
         answers.append(drawn[int(np.argmin(values))])
     return answers
+
+
+def evolution_from_singles(asked: Asked, setting: Setting) -> Answers:
+    """Begin with what players alone at 2 bit, and alone at 4 bit, would have chosen."""
+    return evolution(
+        asked,
+        setting,
+        [by_scores(singles(asked), setting), by_scores(leave_one_out(asked), setting)],
+    )
 
 
 def evolution(asked: Asked, setting: Setting, start: Sequence[Answers] = ()) -> Answers:
@@ -142,12 +155,12 @@ def evolution(asked: Asked, setting: Setting, start: Sequence[Answers] = ()) -> 
     The budgets share nothing but ``start``: allocations to begin with, one for each budget, instead of random ones.
     """
     spent = asked.evaluations
-    each = (setting.evaluations - spent) // len(setting.constraints)
+    each = max(1, (setting.evaluations - spent) // len(setting.constraints))
     answers = []
     for index, room in enumerate(setting.rooms):
         generator = np.random.default_rng([setting.seed, index, 7])
         fresh = _randoms(generator, asked.n_players, room)
-        first = [given[index] for given in start] or [next(fresh) for _ in range(_OFFSPRING)]
+        first = [given[index] for given in start] or [next(fresh) for _ in range(min(_OFFSPRING, each))]
         population = _rated(asked, first)
         limit = asked.evaluations + each - len(population)
         stalled = 0
@@ -161,14 +174,14 @@ def evolution(asked: Asked, setting: Setting, start: Sequence[Answers] = ()) -> 
     return answers
 
 
-def rounds(asked: Asked, setting: Setting, designed: float, extremes: bool = True) -> Answers:
-    """Anchors and complement pairs with a share of the evaluations, rounds on the curve with the rest."""
+def rounds(asked: Asked, setting: Setting, share_of_evaluations: float = 1.0, prior: Prior | None = None) -> Answers:
+    """Anchors and complement pairs with :data:`DESIGNED` of the evaluations, rounds on the curve with the rest."""
+    evaluations = round(share_of_evaluations * setting.evaluations)
     asked.anchors()
-    if extremes:
-        singles(asked)
-        leave_one_out(asked)
-    _stratified(asked, max(0, round(designed * setting.evaluations) - asked.evaluations), setting.seed)
-    search_rounds(asked, asked.seen, setting.rooms, setting.evaluations)
+    singles(asked)
+    leave_one_out(asked)
+    _stratified(asked, max(0, round(DESIGNED * evaluations) - asked.evaluations), setting.seed)
+    search_rounds(asked, asked.seen, setting.rooms, evaluations, prior=prior)
     return [best_measured(asked.seen, room) for room in setting.rooms]
 
 
