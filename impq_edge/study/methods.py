@@ -206,17 +206,20 @@ def _randoms(generator: np.random.Generator, n_players: int, room: Room) -> Iter
 
 def _filled(generator: np.random.Generator, lowest: Array, room: Room) -> Coalition:
     """Demote at random until the budgets are kept, then promote at random whatever still fits."""
-    order = generator.permutation(len(lowest))
-    for player in order:
-        if room.fits(lowest[None])[0]:
-            break
-        lowest[player] = 1
+    _demote(generator, lowest, room)
     for player in generator.permutation(len(lowest)):
         before = lowest[player]
         lowest[player] = 0
         if not room.fits(lowest[None])[0]:
             lowest[player] = before
     return tuple(2 if low else 4 for low in lowest)
+
+
+def _demote(generator: np.random.Generator, lowest: Array, room: Room) -> None:
+    for player in generator.permutation(len(lowest)):
+        if room.fits(lowest[None])[0]:
+            return
+        lowest[player] = 1
 
 
 def _stratified(asked: Asked, evaluations: int, seed: int) -> list[tuple[int, ...]]:
@@ -247,10 +250,10 @@ def _minimised(linear: Array, quadratic: Array, constraint: Constraint) -> Coali
 
 def _searched(linear: Array, quadratic: Array, constraint: Constraint) -> Coalition:
     generator, room = np.random.default_rng(0), Room.of([constraint])
-    starts = _randoms(generator, len(linear), room)
     found: list[tuple[float, Coalition]] = []
     for _ in range(_SEARCH_STARTS):
-        lowest = np.asarray(np.array(next(starts)) == 2, dtype=np.float64)
+        lowest = np.asarray(generator.random(len(linear)) < generator.random(), dtype=np.float64)
+        _demote(generator, lowest, room)
         value = float(linear @ lowest + lowest @ quadratic @ lowest)
         while True:
             around = neighbours(lowest, room)

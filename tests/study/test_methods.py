@@ -82,8 +82,12 @@ def test_an_additive_game_is_solved_by_all(name: str) -> None:
     np.testing.assert_allclose(reached(additive, ON_ADDITIVE[name](asked, setting)), best(additive))
 
 
+@pytest.mark.parametrize("limit_s", [1.0, 0.0])  # the second leaves no time for a proof
 @pytest.mark.parametrize("method", [methods.clado, methods.rounds])
-def test_a_pairwise_game_is_solved_by_what_measures_pairs(method: Callable[[Any, Setting], list[Coalition]]) -> None:
+def test_a_pairwise_game_is_solved_by_what_measures_pairs(
+    method: Callable[[Any, Setting], list[Coalition]], limit_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods, "_SOLVE_S", limit_s)
     asked, setting = played(pairwise)
     np.testing.assert_allclose(reached(pairwise, method(asked, setting)), best(pairwise), atol=1e-9)
 
