@@ -207,7 +207,7 @@ def _ends(group: Sequence[float], gap: float) -> tuple[float, float]:
 
 def _colour(method: str, ours: str) -> str:
     """Return the colour of a method's kind."""
-    if method == ours:
+    if method.startswith(ours):  # and what it is without one of its parts
         return BLUE
     if method in {*ISOLATED, BEST_ISOLATED}:
         return VERMILLION
@@ -215,7 +215,7 @@ def _colour(method: str, ours: str) -> str:
         return GREY
     if method.startswith(("impq", "phi")):
         return GREEN
-    return PURPLE if method == "evolution" else ORANGE
+    return PURPLE if method.startswith("evolution") else ORANGE
 
 
 _KINDS = (("isolated metrics", VERMILLION), ("permutations", GREEN), ("measured changes", ORANGE),
@@ -233,11 +233,11 @@ def _legend(figure: Any, ours: str) -> None:
 
 def plot_regret(rows: Sequence[Regret], ours: str, path: Path) -> Path:
     """Draw bars of every method's perplexity above the best known allocation, in all models and in each."""
-    held_out = [row for row in rows if row.judged == HELD_OUT and row.median_nats is not None]
+    held_out = _shown(rows)
     models = _models(held_out)
     every = {row.method: row.median_nats or 0.0 for row in held_out if row.model == EVERY_MODEL}
     methods = sorted(every, key=lambda method: -every[method])
-    with _figure(path, 2.5 * len(models) + 0.8, 0.23 * len(methods) + 1.6) as figure:
+    with _figure(path, max(8.0, 2.5 * len(models) + 0.8), 0.23 * len(methods) + 1.6) as figure:
         panels = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
         for axes, model in zip(panels, models, strict=True):
             found = {row.method: row for row in held_out if row.model == model}
@@ -250,6 +250,13 @@ def plot_regret(rows: Sequence[Regret], ours: str, path: Path) -> Path:
         )
         _legend(figure, ours)
     return path
+
+
+def _shown(rows: Sequence[Regret]) -> list[Regret]:
+    """Leave out what is not of held-out texts, and methods told of the divergence: these are in the tables."""
+    return [
+        row for row in rows if row.judged == HELD_OUT and row.median_nats is not None and not row.method.endswith("-kl")
+    ]
 
 
 def _models(rows: Sequence[Regret]) -> list[str]:
@@ -297,11 +304,11 @@ def _percent(value: float) -> str:
 
 def plot_evaluations(rows: Sequence[Regret], ours: str, path: Path) -> Path:
     """Draw every method's evaluations against its regret on held-out texts, in all models and in each."""
-    held_out = [row for row in rows if row.judged == HELD_OUT and row.median_nats is not None]
+    held_out = _shown(rows)
     models = _models(held_out)
     across = min(2, len(models))
     down = math.ceil(len(models) / across)
-    with _figure(path, 5.2 * across, 3.8 * down + 0.4) as figure:
+    with _figure(path, max(8.0, 5.2 * across), 5.0 * down + 0.4) as figure:
         panels = figure.subplots(down, across, squeeze=False).flatten()
         for axes, model in zip(panels, models, strict=False):
             _scatter(axes, [row for row in held_out if row.model == model], ours)
