@@ -26,6 +26,9 @@ _PROVEN_GAP = 1e-6
 """Objective and bound may differ by this share of the objective's scale: HiGHS works to 1e-6 or 1e-7."""
 _MAX_CUTS = 100
 _INFEASIBLE, _SOLVE_ERROR = 2, 4  # of scipy.optimize.milp's statuses
+_ATTEMPTS = ((True, 1.0), (False, 1.0), (True, 0.1), (False, 10.0))
+"""Presolve, and the objective's unit: HiGHS can end in "Solve error" on a program that it solves put otherwise."""
+
 _SCALED_TO = 1e3  # HiGHS's tolerances are absolute; losses in nats are far below 1
 
 
@@ -140,10 +143,10 @@ class _OuterApproximation:
         """Minimise Σ l_it z_it + s over z and s ≥ 2 pᵀQ x − pᵀQ p for every tangent's point p."""
         size = len(self._losses)
         largest = np.abs(self._quadratic).sum()  # no s needs to be above
-        for presolve in (True, False):  # HiGHS's presolve can end in "Solve error" on a program it then solves
+        for presolve, unit in _ATTEMPTS:
             with c_stdout_dropped():
                 result = optimize.milp(
-                    np.append(self._losses, 1.0),
+                    unit * np.append(self._losses, 1.0),
                     integrality=np.append(np.ones(size), 0),
                     bounds=optimize.Bounds(0, np.append(np.ones(size), largest)),
                     constraints=[
@@ -166,7 +169,7 @@ class _OuterApproximation:
         if result.x is None:
             raise AllocationError(f"HiGHS found no allocation ({result.message}); raise the budget or the time limit.")
         chosen = result.x[:size].reshape(self._n_players, self._n_types).argmax(axis=1)
-        return tuple(chosen.tolist()), float(result.mip_dual_bound) / self._factor
+        return tuple(chosen.tolist()), float(result.mip_dual_bound) / (unit * self._factor)
 
     def _above_tangents(self) -> optimize.LinearConstraint:
         points = np.array(self._tangents)
