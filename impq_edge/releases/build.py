@@ -41,6 +41,7 @@ from impq_edge.stages import (
     allocate,
     allocation_request,
     calibration_windows,
+    chooses,
     convert,
     ladder,
     load_profile,
@@ -49,6 +50,7 @@ from impq_edge.stages import (
     profile,
     require_allocatable,
     require_compute,
+    require_no_program,
     require_rows,
 )
 from impq_edge.validation.report import ValidationReport
@@ -98,7 +100,7 @@ def build(
     budget_bytes: int | None = None,
     average_bits: float | Fraction | None = None,
     min_generation_tok_per_s: float | None = None,
-    alpha: float = 0.5,
+    alpha: float | None = None,
     outer_type: str = "q6_k",
     allow_fallback: bool = False,
     encode: str | None = None,
@@ -143,6 +145,8 @@ def build(
         min_generation_tok_per_s=min_generation_tok_per_s, alpha=alpha, outer_type=outer_type,
         types=game.types if given is None or game.is_ladder else measured_types(given),
     )  # fmt: skip
+    if game.is_played_in_rounds if given is None else chooses(given, game.method):
+        require_no_program(alpha)
     text_path = text or data_path("demo", "evaluation.txt")
     _require_measurable(text_path, windows, request)
     source = find(model, revision)
@@ -168,7 +172,7 @@ def build(
         )  # fmt: skip
     allocation = allocate(
         found, device=target, context_tokens=context_tokens, kv_type=kv_type, budget_bytes=budget_bytes,
-        average_bits=average_bits, min_generation_tok_per_s=min_generation_tok_per_s, alpha=alpha,
+        average_bits=average_bits, min_generation_tok_per_s=min_generation_tok_per_s, method=game.method, alpha=alpha,
         outer_type=outer_type, types=request.types, out=out / "allocation.json",
     )  # fmt: skip
     _tell_allocation(allocation, say)
@@ -231,6 +235,7 @@ def summary(made: Build) -> dict[str, object]:
         "speeds": made.allocation.to_json()["speeds"],
         "objective": made.allocation.objective,
         "lower_bound": made.allocation.lower_bound,
+        **({"evidence": made.allocation.to_json()["evidence"]} if made.allocation.evidence else {}),
         "validation": made.validation.to_json(),
         "uniform": {f"{bits}bit": report.to_json() for bits, (_, report) in made.uniform.items()},
         "report": str(made.directory / "report.md"),
@@ -279,10 +284,11 @@ def _tell_allocation(allocation: Allocation, say: Say) -> None:
     else:
         counts = Counter(allocation.player_bits)
         players = ", ".join(f"{counts[bits]} at {bits}" for bits in allocation.types if counts[bits])
+        known = allocation.evidence.told() if allocation.evidence else "proven optimal for the profile"
         say(
             f"Of {len(allocation.player_bits)} players {players} bit, "
             f"{allocation.average_bits:.2f} bits on average, "
-            f"{allocation.predicted_file_bytes:,} bytes; proven optimal for the profile."
+            f"{allocation.predicted_file_bytes:,} bytes; {known}."
         )
     if allocation.speeds is not None:
         say(f"Speed {allocation.speeds.summary(allocation.device)}.")
