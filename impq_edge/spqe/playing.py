@@ -1,6 +1,7 @@
 """Rounds as a method: what is evaluated first, and at which budgets the rounds are played, from any game."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import ClassVar
@@ -21,6 +22,9 @@ from impq_edge.spqe.sampling import Coalition, Draw, uniform
 SHARE = 0.4
 """Share of all evaluations that the design takes."""
 
+MOST_ROUNDS = 40
+"""More evaluations make larger batches, not more rounds: each takes a search, 3 s of a core for 112 players."""
+
 CURVE = tuple(Fraction(quarter, 4) for quarter in range(9, 16))
 """Average bits at which rounds are played where no device is given: 2.25 to 3.75."""
 
@@ -39,10 +43,11 @@ class Rounds:
     budgets: tuple[Budget, ...]  # none where everything fits at 4 bit: then the design is all there is
 
     @classmethod
-    def within(cls, budgets: Sequence[Budget]) -> "Rounds":
+    def within(cls, budgets: Sequence[Budget], evaluations: int) -> "Rounds":
         """Take budgets as they come, without the limits that every choice keeps and those that hold all at 4 bit."""
-        kept = [binding(budget) for budget in budgets if not holds_all_4(budget)]
-        return cls(SHARE, BATCH, tuple(dict.fromkeys(kept)))
+        kept = tuple(dict.fromkeys(binding(budget) for budget in budgets if not holds_all_4(budget)))
+        each = (1 - SHARE) * evaluations / (MOST_ROUNDS * max(1, len(kept)))
+        return cls(SHARE, max(BATCH, math.ceil(each)), kept)
 
 
 def curve(players: Sequence[Player], targets: Sequence[Fraction] = CURVE) -> list[Budget]:
@@ -86,7 +91,8 @@ def play_rounds(
     left = evaluations - len(seen)
     ask(_missing_starts(seen, pairs, rounds, rooms)[: max(0, left)])
     if max(seen.values()) > seen[uniform(4, n_players)]:  # else 2 bit harms nothing, and there is no game to model
-        search_rounds(ask, seen, rooms, evaluations, rounds.batch)
+        with np.errstate(divide="ignore"):  # a budget that 4 bit costs nothing is the tightest there can be
+            search_rounds(ask, seen, rooms, evaluations, rounds.batch)
 
 
 def fitting(seen: Mapping[Coalition, float], room: Room) -> list[Coalition]:

@@ -63,8 +63,8 @@ def allocate(
     min_generation_tok_per_s
         Slowest generation, as predicted for tg128 from the device's measured speeds.
     method
-        ``"impq"`` solves the paper's program, ``"rounds"`` takes the best that was measured or that a model fitted to
-        all measured losses proposes; by default the one that the profile was made with.
+        ``"impq"`` solves the paper's program; ``"rounds"``, for a profile in which rounds were played, takes the best
+        that was measured or what a model of all measured losses thinks better. By default as the profile was made.
     alpha
         Damping of interactions in a program, 0.5 by default; 1 drops them.
     outer_type
@@ -128,7 +128,14 @@ def chooses(found: SensitivityProfile | LadderProfile, method: Method | None) ->
                 "leave it out, or give such a profile."
             )
         return False
-    return (method or ("impq" if found.design.rounds is None else "rounds")) == "rounds"
+    if found.design.rounds is not None:
+        return method != "impq"
+    if method == "rounds":  # simulated, a model of the game then chose worse than the program, which averages
+        raise AllocationError(
+            f"--method rounds chooses from what rounds measured, and this profile holds {found.design.estimator} "
+            "alone; play them with profile --method rounds, which goes on from it, or leave --method out."
+        )
+    return False
 
 
 def require_no_program(alpha: float | None, types: Sequence[int] | None = None) -> None:

@@ -18,7 +18,7 @@ from impq_edge.spqe.estimate import Estimate
 from impq_edge.spqe.journal import Journal
 from impq_edge.spqe.ladder import LadderProfile
 from impq_edge.spqe.options import GameOptions, stability_answer
-from impq_edge.spqe.playing import CURVE, Rounds, curve
+from impq_edge.spqe.playing import CURVE, Rounds, curve, evaluations_for
 from impq_edge.spqe.profile import Design, GameSettings, SensitivityProfile
 from impq_edge.spqe.run import Limits, Measured, Workers, estimate_sensitivity, game_settings
 from impq_edge.spqe.rungs import measure_ladder, measured_rungs
@@ -191,9 +191,12 @@ def _told(measured: Measured) -> str:
 
 def _rounds(game: GameOptions, spec: ModelSpec, header: int, request: Request | None) -> Rounds:
     """Return the rounds of a curve that serves all devices, or of one device's own budgets."""
+    players = players_of(spec, game.players)
     if request is not None and game.curve is None:
-        return Rounds.within([budgets_of(spec, header, request, game.players)])
-    return Rounds.within(curve(players_of(spec, game.players), game.targets or CURVE))
+        budgets = [budgets_of(spec, header, request, game.players)]
+    else:
+        budgets = curve(players, game.targets or CURVE)
+    return Rounds.within(budgets, evaluations_for(len(players), game.walks))
 
 
 def _stability(
