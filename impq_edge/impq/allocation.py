@@ -131,7 +131,7 @@ class Allocation(Record):
             "feasibility": (self.problem.is_feasible(self.choice) and size <= self.budget_bytes, True),
             "promise of a speed": (self._keeps_its_speed(), True),
             "bound below its objective": (bound <= objective + 1e-9, True),
-            "proof": (self.evidence is None or not self._claims_a_proof(), True),
+            "proof or evidence": (self._has_one_of_both(), True),
         }
         for name, (claimed, found) in claims.items():
             if claimed != found:
@@ -152,9 +152,11 @@ class Allocation(Record):
         unneeded = self.types == PUBLISHED_TYPES and (self.everything_fits or self.evidence is not None)
         return float("-inf") if unneeded else float("inf")
 
-    def _claims_a_proof(self) -> bool:
-        """Whether it has what only the optimum of a program has."""
-        return not (self.lower_bound is None and self.relaxation_bound is None and self.alpha is None)
+    def _has_one_of_both(self) -> bool:
+        """Whether it is the optimum of a program, or has nothing that only such an optimum has."""
+        if self.evidence is None:
+            return self.alpha is not None
+        return self.alpha is None and self.lower_bound is None and self.relaxation_bound is None
 
     def _is_of(self, who: Sequence[Player]) -> bool:
         """Whether everything has the shape of these players and types."""

@@ -234,7 +234,9 @@ def _provenance(c: Comparison, command: str) -> str:
             f"{c.profile.stopped_by}"
         )
         if design.rounds is not None:
-            how = f"rounds at {len(design.rounds.budgets)} budgets after a design of {design.rounds.share:.0%}, {how}"
+            budgets = len(design.rounds.budgets)
+            what = f"{budgets} budget{'' if budgets == 1 else 's'}"
+            how = f"rounds at {what} after a design of {design.rounds.share:.0%}, {how}"
     encoding = ", ".join(f"{key} {value}" for key, value in c.mix[0].encoding.items())
     backend = ", ".join(f"{key} {value}" for key, value in settings.backend.items() if key != "name")
     report = c.mix[1]

@@ -37,7 +37,9 @@ from impq_edge.spqe.table import Job, Table, set_table
 
 Losses = dict[Coalition, NDArray[np.float64]]
 
-GAME = GameOptions(players="sublayers", permutations=4, tokens=64, window_tokens=32, backend_settings={"encode": "rtn"})
+GAME = GameOptions(
+    method="impq", players="sublayers", permutations=4, tokens=64, window_tokens=32, backend_settings={"encode": "rtn"}
+)
 N_PLAYERS = 6
 
 Play = Callable[..., SensitivityProfile]
@@ -485,7 +487,7 @@ RUNS = """
     from impq_edge.spqe.table import Table
 
     losses = Table.losses
-    game = GameOptions(players="tensors", permutations=3, tokens=64, window_tokens=32)
+    game = GameOptions(method="impq", players="tensors", permutations=3, tokens=64, window_tokens=32)
     for line in sys.stdin:  # every run is a process of its own, with everything imported already
         model, out, log = line.split()
 
