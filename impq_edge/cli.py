@@ -367,6 +367,8 @@ def profile(
 
     Example: `impq-edge profile --model meta-llama/Llama-3.2-1B --permutations 100 -o llama.json`
 
+    Example: `impq-edge profile --model meta-llama/Llama-3.2-1B --method rounds --permutations 30 -o llama.json`
+
     Example: `impq-edge profile --model meta-llama/Llama-3.2-1B --types 2,3,4,5,6,8 --players tensors -o llama.json`
     """
     from impq_edge import stages
@@ -888,16 +890,19 @@ def _show_examination(report: "DoctorReport") -> None:
 
 
 def _show_profile(made: "SensitivityProfile", shown: dict[str, Any], as_json: bool) -> None:
+    rounds = made.design.rounds
     if as_json:
         told = {"phi": made.phi, "phi_stderr": made.phi_stderr, "evaluations": len(made.evaluations)}
-        console.show_json({**shown, **told, "stopped_by": made.stopped_by})
+        played = {} if rounds is None else {"method": "rounds", "budgets": len(rounds.budgets)}
+        console.show_json({**shown, **told, **played, "stopped_by": made.stopped_by})
         return
     rows = [
         [name, f"{phi:+.5f}", f"{error:.5f}"]
         for name, phi, error in zip(shown["players"], made.phi, made.phi_stderr, strict=True)
     ]
     console.show_table(f"Loss increase at 2 bit, {made.model.name}", ["player", "φ, nats/token", "± s.e."], rows)
-    console.show_line(f"{len(made.evaluations)} evaluations, stopped by {made.stopped_by}")
+    how = "" if rounds is None else f" in rounds at {len(rounds.budgets)} budgets"
+    console.show_line(f"{len(made.evaluations)} evaluations{how}, stopped by {made.stopped_by}")
 
 
 def _show_ladder(made: "LadderProfile", shown: dict[str, Any], as_json: bool) -> None:
