@@ -41,7 +41,7 @@ def choose(found: SensitivityProfile, budget: Budget) -> tuple[Choice, Evidence]
         return _told(measured[0], seen, seen[measured[0]], is_measured=True)
     estimate = found.estimate()
     published = as_coalition(bits_within(budget, estimate.phi, estimate.covariance))
-    proposals = _Proposals(seen, room) if max(seen.values()) > seen[all_4] else None
+    proposals = Proposals(seen, room) if max(seen.values()) > seen[all_4] else None
     if proposals is None:  # 2 bit harms nothing: there is no game to model
         best = measured[0] if measured else published
         return _told(best, seen, seen.get(best, seen[all_4]), is_measured=best in seen)
@@ -69,7 +69,7 @@ def _told(
     return tuple(PUBLISHED_TYPES.index(bits) for bits in chosen), evidence
 
 
-class _Proposals:
+class Proposals:
     """A model of the game near a budget, and what it thinks best within it."""
 
     def __init__(self, seen: dict[Coalition, float], room: Room) -> None:

@@ -319,6 +319,17 @@ def test_rounds_end_with_the_evaluations_of_the_permutations(
     assert play(tmp_path / "p.json", **ROUNDS) == found and not evaluated
 
 
+@pytest.mark.parametrize(
+    "options", [{"players": "tensors"}, {"players": "blocks", "backend": "quanto", "backend_settings": {}}]
+)
+def test_rounds_of_other_players_and_backends(play: Play, tmp_path: Path, options: dict[str, Any]) -> None:
+    found = play(tmp_path / "p.json", method="rounds", permutations=2, **options)
+    assert found.stopped_by == "evaluations" and len(found.losses) <= max(4, 2 * (found.n_players - 1) + 2)
+    made = stages.allocate(found, device="laptop-16gb", average_bits=3)
+    assert made.evidence is not None and made.average_bits <= 3 and len(made.player_bits) == found.n_players
+    assert stages.allocate(found, device="laptop-16gb", average_bits=3, method="impq").lower_bound is not None
+
+
 def test_rounds_gone_on_with_after_time_limits_end_as_if_undisturbed(
     play: Play, undisturbed: Callable[..., Path], tmp_path: Path, evaluated: list[Coalition], a_second_each: None
 ) -> None:
