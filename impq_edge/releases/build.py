@@ -33,6 +33,7 @@ from impq_edge.releases.report import Comparison, render
 from impq_edge.spqe.journal import to_text
 from impq_edge.spqe.ladder import LadderProfile
 from impq_edge.spqe.options import GameOptions
+from impq_edge.spqe.playing import evaluations_for
 from impq_edge.spqe.profile import SensitivityProfile
 from impq_edge.spqe.run import COMPUTE_DTYPES, measure_coalitions
 from impq_edge.spqe.sampling import Coalition, uniform
@@ -158,6 +159,9 @@ def build(
     profile_path, kept = out / "sensitivity.json", out / "encoded"
     done = given is not None or profile_path.exists()
     say(_told(_preview(spec, game, encoding, windows, played=done), out))
+    if game.is_played_in_rounds and not done:
+        evaluations = evaluations_for(len(players_of(spec, game.players)), game.walks)
+        say(f"The game is played in rounds, {evaluations:,} evaluations at most; the best that they measure is taken.")
 
     if given is not None and sensitivity is not None:
         found = given

@@ -267,6 +267,7 @@ def test_a_build_in_rounds_ships_the_best_that_was_measured(played: tuple[Build,
     assert evidence.loss == min(fits)
     assert made.artifact.tensor_types == made.allocation.tensor_types
     assert any("the best of 32 measured coalitions that fits, calibration loss" in sentence for sentence in told)
+    assert any(sentence.startswith("The game is played in rounds, 32 evaluations at most;") for sentence in told)
 
 
 def test_papers_of_a_build_in_rounds_claim_no_proof(played: tuple[Build, list[str]]) -> None:
