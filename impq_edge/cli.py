@@ -85,9 +85,27 @@ Encode = Annotated[
 Players = Annotated[
     Literal["blocks", "sublayers", "tensors"], typer.Option(help="What drops to 2 bit together; the paper: blocks.")
 ]
+Method = Annotated[
+    Literal["rounds", "impq"] | None,
+    typer.Option(
+        help="`impq`: the paper's game and program. `rounds`: as many evaluations, of which most go to what a model of "
+        "the game proposes at the budgets; the best that was measured is taken."
+    ),
+]
+Curve = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BITS",
+        help="With --method rounds: average bits to play them at, such as `2.5,3`; 2.25 to 3.75 in profile, the "
+        "device's own budgets in build.",
+    ),
+]
 Estimator = Annotated[
-    Literal["permutations", "antithetic", "stratified"],
-    typer.Option(help="Which coalitions: independent walks (the paper), walks and their reverse, complement pairs."),
+    Literal["permutations", "antithetic", "stratified"] | None,
+    typer.Option(
+        help="Which coalitions: independent walks (permutations, the paper's and the default), walks and their "
+        "reverse, complement pairs."
+    ),
 ]
 Permutations = Annotated[
     int | None,
@@ -132,7 +150,9 @@ MinTokensPerSecond = Annotated[
     typer.Option(min=0, help="Slowest generation; needs a device whose speed was measured, see calibrate-device."),
 ]
 AverageBits = Annotated[str | None, typer.Option(help="Highest nominal bits of the blocks on average, 2 to 4.")]
-Alpha = Annotated[float, typer.Option(help="Damping of interactions: 0 none, 1 drops them; the paper: 0.5.")]
+Alpha = Annotated[
+    float | None, typer.Option(help="Damping of interactions: 0 none, 1 drops them; 0.5, the paper's, by default.")
+]
 HeadType = Annotated[Literal["q6_k", "q8_0", "q4_k", "f16"], typer.Option(help="Type of embedding and head.")]
 AllowFallback = Annotated[bool, typer.Option(help="Build although some rows hold no K-quants.")]
 Text = Annotated[Path | None, typer.Option(help="Evaluation text, UTF-8; a short one ships.")]
@@ -163,8 +183,10 @@ def _game_options(
     encode: Encode = None,
     players: Players = "blocks",
     types: Types = "2,4",
-    estimator: Estimator = "permutations",
+    method: Method = None,
+    estimator: Estimator = None,
     permutations: Permutations = None,
+    curve: Curve = None,
     until_stable: UntilStable = None,
     time_limit: TimeLimit = None,
     tokens: Tokens = 4096,
@@ -183,9 +205,10 @@ def _game_options(
         settings["encode"] = encode
     return GameOptions(
         backend=backend, backend_settings={key: value for key, value in settings.items() if value is not None},
-        players=players, types=_types(types), estimator=estimator, permutations=permutations,
-        until_stable=until_stable, time_limit_s=_seconds(time_limit), tokens=tokens, calibration=calibration,
-        calibration_tokens=calibration_tokens, seed=seed, compute=compute, workers=workers, ray_address=ray_address,
+        players=players, types=_types(types), method=method, estimator=estimator, permutations=permutations,
+        curve=curve, until_stable=until_stable, time_limit_s=_seconds(time_limit), tokens=tokens,
+        calibration=calibration, calibration_tokens=calibration_tokens, seed=seed, compute=compute, workers=workers,
+        ray_address=ray_address,
     )  # fmt: skip
 
 
@@ -344,6 +367,8 @@ def profile(
 
     Example: `impq-edge profile --model meta-llama/Llama-3.2-1B --permutations 100 -o llama.json`
 
+    Example: `impq-edge profile --model meta-llama/Llama-3.2-1B --method rounds --permutations 30 -o llama.json`
+
     Example: `impq-edge profile --model meta-llama/Llama-3.2-1B --types 2,3,4,5,6,8 --players tensors -o llama.json`
     """
     from impq_edge import stages
@@ -371,14 +396,21 @@ def allocate(
     budget: Budget = None,
     average_bits: AverageBits = None,
     min_tokens_per_second: MinTokensPerSecond = None,
-    alpha: Alpha = 0.5,
+    method: Annotated[
+        Literal["rounds", "impq"] | None,
+        typer.Option(
+            help="`impq` solves the paper's program; `rounds` takes the best that was measured, or what a model of all "
+            "measured losses thinks better. As the profile was made."
+        ),
+    ] = None,
+    alpha: Alpha = None,
     head_type: HeadType = "q6_k",
     types: Annotated[
         str | None, typer.Option(metavar="BITS", help="Widths to choose from; by default all that were measured.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Choose every player's bits within a device's memory (IMPQ), proven optimal for the profile.
+    """Choose every player's bits within a device's memory: proven optimal for the profile, or the best measured.
 
     Example: `impq-edge allocate llama.json --device raspberry-pi-5 --context 8192 -o llama-pi5.json`
     """
@@ -387,7 +419,7 @@ def allocate(
     made = stages.allocate(
         stages.load_profile(profile), device=device, context_tokens=context, kv_type=kv_type,
         budget_bytes=_bytes(budget), average_bits=_fraction(average_bits),
-        min_generation_tok_per_s=min_tokens_per_second, alpha=alpha, outer_type=head_type,
+        min_generation_tok_per_s=min_tokens_per_second, method=method, alpha=alpha, outer_type=head_type,
         types=None if types is None else _types(types), out=out,
     )  # fmt: skip
     if as_json:
@@ -399,6 +431,8 @@ def allocate(
         + (
             f"everything fits at {made.types[-1]} bit"
             if made.everything_fits
+            else made.evidence.told()
+            if made.evidence
             else f"objective {made.objective:.6g} nats/token, optimal"
         )
     )
@@ -586,7 +620,7 @@ def build(
     budget: Budget = None,
     average_bits: AverageBits = None,
     min_tokens_per_second: MinTokensPerSecond = None,
-    alpha: Alpha = 0.5,
+    alpha: Alpha = None,
     head_type: HeadType = "q6_k",
     allow_fallback: AllowFallback = False,
     text: Text = None,
@@ -856,16 +890,19 @@ def _show_examination(report: "DoctorReport") -> None:
 
 
 def _show_profile(made: "SensitivityProfile", shown: dict[str, Any], as_json: bool) -> None:
+    rounds = made.design.rounds
     if as_json:
         told = {"phi": made.phi, "phi_stderr": made.phi_stderr, "evaluations": len(made.evaluations)}
-        console.show_json({**shown, **told, "stopped_by": made.stopped_by})
+        played = {} if rounds is None else {"method": "rounds", "budgets": len(rounds.budgets)}
+        console.show_json({**shown, **told, **played, "stopped_by": made.stopped_by})
         return
     rows = [
         [name, f"{phi:+.5f}", f"{error:.5f}"]
         for name, phi, error in zip(shown["players"], made.phi, made.phi_stderr, strict=True)
     ]
     console.show_table(f"Loss increase at 2 bit, {made.model.name}", ["player", "φ, nats/token", "± s.e."], rows)
-    console.show_line(f"{len(made.evaluations)} evaluations, stopped by {made.stopped_by}")
+    how = "" if rounds is None else f" in rounds at {len(rounds.budgets)} budgets"
+    console.show_line(f"{len(made.evaluations)} evaluations{how}, stopped by {made.stopped_by}")
 
 
 def _show_ladder(made: "LadderProfile", shown: dict[str, Any], as_json: bool) -> None:

@@ -77,8 +77,8 @@ def test_a_profile_as_asked_for(checkpoints: dict[str, Path], tmp_path: Path) ->
     out = tmp_path / "p.json"
     done = run(
         "profile", "--model", checkpoints["llama"], "--backend", "quanto", "--group-size", 64,
-        "--players", "sublayers", "--estimator", "stratified", "--until-stable", "order", "--permutations", 6,
-        "--tokens", 512, "--seed", 3, "-o", out, "--json",
+        "--players", "sublayers", "--method", "impq", "--estimator", "stratified", "--until-stable", "order",
+        "--permutations", 6, "--tokens", 512, "--seed", 3, "-o", out, "--json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     told, made = json.loads(done.stdout), SensitivityProfile.load(out)
@@ -94,19 +94,53 @@ def test_a_profile_as_asked_for(checkpoints: dict[str, Path], tmp_path: Path) ->
     assert sentence.startswith(f"{len(made.evaluations)} evaluations, which recomputed ") and "\n" not in sentence
 
 
+def test_a_game_in_rounds_and_what_is_chosen_from_it(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    out, options = tmp_path / "p.json", ("--players", "sublayers", "--permutations", 6, "--tokens", 512)
+    done = run(
+        "profile", "--model", checkpoints["qwen3"], "--method", "rounds", "--curve", "2.5,3", *options, "-o", out,
+        "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told, made = json.loads(done.stdout), SensitivityProfile.load(out)
+    assert (told["method"], told["budgets"], told["stopped_by"]) == ("rounds", 2, "evaluations")
+    assert told["evaluations"] == len(made.losses) == 6 * 5 + 2 and told["phi"] == list(made.phi)
+    shown = run(
+        "profile", "--model", checkpoints["qwen3"], "--method", "rounds", "--curve", "2.5,3", *options, "-o", out
+    )
+    assert shown.stdout.endswith("32 evaluations in rounds at 2 budgets, stopped by evaluations\n")
+
+    def allocated(*more: str) -> subprocess.CompletedProcess[str]:
+        return run("allocate", out, "--device", "laptop-16gb", "--average-bits", "3", *more, "-o", tmp_path / "a.json")
+
+    chosen, solved = json.loads(allocated("--json").stdout), json.loads(allocated("--method", "impq", "--json").stdout)
+    assert chosen["evidence"]["is_measured"] and chosen["lower_bound"] is None and chosen["alpha"] is None
+    assert "evidence" not in solved and solved["lower_bound"] is not None and solved["alpha"] == 0.5
+    assert "the best of 32 measured coalitions that fits, calibration loss " in allocated().stdout
+    assert "nats/token, optimal" in allocated("--method", "impq").stdout
+
+
 @pytest.mark.slow
-def test_the_number_of_workers_changes_no_byte(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "end"),
+    [
+        (("--method", "impq", "--until-stable", "order"), "evaluations, stopped by stability\n"),
+        (("--method", "rounds"), "evaluations in rounds at 7 budgets, stopped by evaluations\n"),
+    ],
+)
+def test_the_number_of_workers_changes_no_byte(
+    checkpoints: dict[str, Path], tmp_path: Path, options: tuple[str, ...], end: str
+) -> None:
     pytest.importorskip("ray", reason="ray is not installed, see the extra 'cluster'")
     outs = {workers: tmp_path / f"{workers}.json" for workers in (1, 2)}
     for workers, out in outs.items():
         done = run(
             "profile", "--model", checkpoints["llama"].name, "--players", "sublayers", "--permutations", 60,
-            "--tokens", 512, "--until-stable", "order", "--workers", workers, "-o", out,
+            "--tokens", 512, *options, "--workers", workers, "-o", out,
             cwd=checkpoints["llama"].parent,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert len(done.stderr.splitlines()) == 1 and " evaluations, which recomputed " in done.stderr, done.stderr
-        assert "blk.2.ffn" in done.stdout and done.stdout.endswith("evaluations, stopped by stability\n")
+        assert "blk.2.ffn" in done.stdout and done.stdout.endswith(end)
     assert outs[1].read_bytes() == outs[2].read_bytes()
     assert set(tmp_path.iterdir()) == set(outs.values())
 
@@ -135,6 +169,12 @@ def test_workers_without_ray_say_what_to_install(checkpoints: dict[str, Path], t
         (["profile", "--backend", "awq", "-o", "OUT"], 2, "awq"),
         (["profile", "--players", "heads", "-o", "OUT"], 2, "heads"),
         (["profile", "--time-limit", "soon", "-o", "OUT"], 3, "'soon' is not a time; write it like 90s, 10min or 1.5h"),
+        (["profile", "--method", "guess", "-o", "OUT"], 2, "guess"),
+        (["profile", "--method", "rounds", "--until-stable", "order", "-o", "OUT"], 3, "is for --method impq"),
+        (["build", *ON_PI, "--method", "rounds", "--types", "2,3,4", "-o", "OUT"], 3, "between 2 and 4 bit"),
+        (["build", *ON_PI, "--method", "rounds", "--alpha", "0.5", "-o", "OUT"], 3, "--alpha 0.5 is for --method impq"),
+        (["profile", "--method", "impq", "--curve", "3", "-o", "OUT"], 3, "--curve 3 is for --method rounds"),
+        (["allocate", "tiny-llama3-kquant", *ON_PI, "--method", "rounds", "-o", "OUT"], 3, "what rounds measured"),
         (["profile", "--group-size", "64", "--backend", "kquant", "-o", "OUT"], 3,
          "Backend 'kquant' has no setting 'group-size'; it takes encode."),
         (["allocate", "nothing.json", "--device", "raspberry-pi-5", "-o", "OUT"], 3, "nothing.json does not exist"),

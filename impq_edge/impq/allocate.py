@@ -19,7 +19,7 @@ from impq_edge.devices.profile import DeviceProfile
 from impq_edge.errors import AllocationError
 from impq_edge.ggml.cache import KvType
 from impq_edge.ggml.types import LADDER, TensorType
-from impq_edge.impq.allocation import PUBLISHED_TYPES, Allocation, are_types, average_bits, listed
+from impq_edge.impq.allocation import PUBLISHED_TYPES, Allocation, Evidence, are_types, average_bits, listed
 from impq_edge.impq.problem import Choice, Constraint, Problem, ladder_objective, published_objective
 from impq_edge.impq.solve import Solution, least, solve
 from impq_edge.impq.speed import NAME as GENERATION_TIME
@@ -30,6 +30,9 @@ from impq_edge.model.spec import ModelSpec
 
 _LADDER_GAP = 1e-4
 """Share of a ladder's objective that may be left between it and its bound, far below what losses are measured to."""
+
+DEFAULT_ALPHA = 0.5
+"""Damping of interactions, the paper's."""
 
 _FASTEST_TOK_PER_S = 1e6  # a token then takes as long as a single barrier of threads
 
@@ -43,7 +46,7 @@ class Request:
     kv_type: KvType
     file_budget_bytes: int | None = None  # --budget
     average_bits: Fraction | None = None  # --average-bits, nominal
-    alpha: float = 0.5  # 1 drops the interactions; the paper takes 0.5
+    alpha: float = DEFAULT_ALPHA  # of the program's interactions; 1 drops them
     outer_type: TensorType = TensorType.Q6_K  # embedding and head, where they are no players
     types: tuple[int, ...] = PUBLISHED_TYPES  # (T,), bits a player may have, ascending
     min_generation_tok_per_s: float | None = None  # --min-tokens-per-second
@@ -138,15 +141,59 @@ def allocate_ladder(
     return _allocation(sizes, problem, solution, solution.choice, profile_sha256)
 
 
+Choose = Callable[[tuple[Constraint, ...]], tuple[Choice, Evidence]]
+"""Chooses among what keeps all budgets, and says what speaks for it."""
+
+
+def allocate_chosen(
+    spec: ModelSpec,
+    header_bytes: int,
+    choose: Choose,
+    profile_sha256: str,
+    request: Request,
+    players: PlayerKind = "blocks",
+) -> Allocation:
+    """Take what ``choose`` chooses within the budgets of one device; no program is solved, and nothing is proven.
+
+    Other arguments and errors are those of :func:`allocate_blocks`.
+    """
+    sizes, constraints = _feasible(spec, header_bytes, request, players)
+    choice, evidence = choose(constraints)
+    return _allocation(sizes, Problem((), (), constraints), None, choice, profile_sha256, evidence)
+
+
+def budgets_of(
+    spec: ModelSpec, header_bytes: int, request: Request, players: PlayerKind = "blocks"
+) -> tuple[Constraint, ...]:
+    """Return every budget of a request.
+
+    Raises
+    ------
+    AllocationError
+        As :func:`allocate_blocks`.
+    """
+    return _feasible(spec, header_bytes, request, players)[1]
+
+
 def bits_at(
     players: Sequence[Player],
     phi: NDArray[np.float64],
     covariance: NDArray[np.float64],
     target: Fraction,
-    alpha: float = 0.5,
+    alpha: float = DEFAULT_ALPHA,
 ) -> tuple[int, ...]:
     """Return the bits of the N players in IMPQ's answer to a limit on average bits alone, without a device."""
-    *_, choice = _solved(phi, covariance, alpha, (average_bits_constraint(players, PUBLISHED_TYPES, target),))
+    return bits_within((average_bits_constraint(players, PUBLISHED_TYPES, target),), phi, covariance, alpha)
+
+
+def bits_within(
+    budgets: tuple[Constraint, ...],
+    phi: NDArray[np.float64],
+    covariance: NDArray[np.float64],
+    alpha: float = DEFAULT_ALPHA,
+) -> tuple[int, ...]:
+    """Return the bits of the N players in IMPQ's answer to any budgets that can be kept."""
+    *_, choice = _solved(phi, covariance, alpha, budgets)
     return tuple(PUBLISHED_TYPES[kind] for kind in choice)
 
 
@@ -188,7 +235,12 @@ def average_bits_constraint(players: Sequence[Player], types: tuple[int, ...], t
 
 
 def _allocation(
-    sizes: "_Sizes", problem: Problem, solution: Solution | None, choice: Choice, profile_sha256: str
+    sizes: "_Sizes",
+    problem: Problem,
+    solution: Solution | None,
+    choice: Choice,
+    profile_sha256: str,
+    evidence: Evidence | None = None,
 ) -> Allocation:
     spec, request = sizes.spec, sizes.request
     bits = sizes.bits(choice)
@@ -201,12 +253,12 @@ def _allocation(
         device=request.device.name,
         context_tokens=request.context_tokens,
         kv_type=request.kv_type,
-        alpha=request.alpha,
+        alpha=None if evidence else request.alpha,
         types=request.types,
         problem=problem,
         players=sizes.kind,
         player_bits=bits,
-        objective=problem.objective(choice),
+        objective=evidence.increase if evidence else problem.objective(choice),
         lower_bound=solution.lower_bound if solution else None,
         relaxation_bound=solution.relaxation_bound if solution else None,
         outer_type=sizes.outer_type,
@@ -218,6 +270,7 @@ def _allocation(
         bits_per_weight=8 * file_bytes / spec.weights,
         min_generation_tok_per_s=request.min_generation_tok_per_s,
         speeds=predict_speeds(spec, types, request.device, kv_type=request.kv_type),
+        evidence=evidence,
     )
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
+
+import pydantic
 
 from impq_edge.devices.latency import Speeds
 from impq_edge.errors import AllocationError
@@ -13,10 +15,35 @@ from impq_edge.impq.speed import NAME as GENERATION_TIME
 from impq_edge.model.players import Player, PlayerKind, players_of
 from impq_edge.model.recipe import data_bytes, tensor_types
 from impq_edge.model.spec import ModelSpec
-from impq_edge.records import Record, shown_text
+from impq_edge.records import STRICT, Record, shown_text
 
 PUBLISHED_TYPES = tuple(BLOCK_TYPES)
 """The bits of the paper's program, in which embedding and head are no players."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """What speaks for a choice that is not the optimum of a program: losses on the calibration text."""
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
+
+    method: Literal["rounds"]
+    is_measured: bool  # or predicted by a model of the game that was fitted to the evaluations
+    loss: float  # nats per token, of the choice
+    loss_at_4_bit: float  # nats per token, of everything at 4 bit
+    evaluations: int  # coalitions that were measured, among them those that cannot be afforded
+
+    @property
+    def increase(self) -> float:
+        """Loss increase over everything at 4 bit, nats per token."""
+        return self.loss - self.loss_at_4_bit
+
+    def told(self) -> str:
+        """Return it as part of a sentence."""
+        loss = f"calibration loss {self.loss:.4f} nats/token, {self.increase:+.4f} to everything at 4 bit"
+        if self.is_measured:
+            return f"the best of {self.evaluations:,} measured coalitions that fits, {loss}"
+        return f"predicted from {self.evaluations:,} measured coalitions, not measured itself, {loss}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +58,13 @@ class Allocation(Record):
     device: str
     context_tokens: int
     kv_type: KvType
-    alpha: float
+    alpha: float | None  # None where no program was solved
     types: tuple[int, ...]  # (T,), bits a player may have, ascending
-    problem: Problem
+    problem: Problem  # of a choice by evidence the constraints alone: it minimises no sum of losses
     players: PlayerKind  # of the blocks; with other types than 2 and 4, embedding and head follow them
     player_bits: tuple[int, ...]  # (N,)
     objective: float  # nats per token: the program's estimate; with types 2 and 4 of the increase over all-4-bit
-    lower_bound: float | None  # proven; None where everything fits at 4 bit and nothing had to be solved
+    lower_bound: float | None  # proven; None where nothing had to be solved as everything fits at 4 bit, or by evidence
     relaxation_bound: float | None  # of the continuous relaxation
     outer_type: TensorType | None  # embedding and head, None where they are players
     tensor_types: dict[str, TensorType]
@@ -48,6 +75,14 @@ class Allocation(Record):
     bits_per_weight: float  # file bytes over all weights
     min_generation_tok_per_s: float | None = None  # what was asked for
     speeds: Speeds | None = None  # predicted; None in records of earlier versions
+    evidence: Evidence | None = None  # None where the choice is the optimum of the program
+
+    def to_json(self) -> dict[str, Any]:
+        """Leave out what no program's optimum has: the identities of such records are older than it."""
+        told = super().to_json()
+        if self.evidence is None:
+            del told["evidence"]
+        return told
 
     @property
     def choice(self) -> Choice:
@@ -86,7 +121,7 @@ class Allocation(Record):
             )
         types = tensor_types(spec, [LADDER[bits] for bits in self.player_bits], self.outer_type, self.players)
         size = self.header_bytes + data_bytes(spec, types)
-        objective = self.problem.objective(self.choice)
+        objective = self.problem.objective(self.choice) if self.evidence is None else self.evidence.increase
         bound = self._unsolved_bound() if self.lower_bound is None else self.lower_bound
         claims = {
             "tensor_types": (self.tensor_types == types, True),
@@ -96,6 +131,7 @@ class Allocation(Record):
             "feasibility": (self.problem.is_feasible(self.choice) and size <= self.budget_bytes, True),
             "promise of a speed": (self._keeps_its_speed(), True),
             "bound below its objective": (bound <= objective + 1e-9, True),
+            "proof or evidence": (self._has_one_of_both(), True),
         }
         for name, (claimed, found) in claims.items():
             if claimed != found:
@@ -112,20 +148,29 @@ class Allocation(Record):
         return asked and predicted is not None and predicted.likely_tok_per_s >= self.min_generation_tok_per_s
 
     def _unsolved_bound(self) -> float:
-        """No bound was needed where everything is at 4 bit; anything else has to have one."""
-        unneeded = self.types == PUBLISHED_TYPES and self.everything_fits
+        """No bound was needed where everything is at 4 bit, and losses give none; anything else has to have one."""
+        unneeded = self.types == PUBLISHED_TYPES and (self.everything_fits or self.evidence is not None)
         return float("-inf") if unneeded else float("inf")
+
+    def _has_one_of_both(self) -> bool:
+        """Whether it is the optimum of a program, or has nothing that only such an optimum has."""
+        if self.evidence is None:
+            return self.alpha is not None
+        return self.alpha is None and self.lower_bound is None and self.relaxation_bound is None
 
     def _is_of(self, who: Sequence[Player]) -> bool:
         """Whether everything has the shape of these players and types."""
         problem, n_types = self.problem, len(self.types)
         inside = sum(player.block is not None for player in who)
         tables = [problem.losses, *(constraint.costs for constraint in problem.constraints)]
+        if self.evidence is not None:
+            del tables[0]
         return (
             len(self.player_bits) == len(who)
             and set(self.player_bits) <= set(self.types)
             and all(len(table) == len(who) and {len(row) for row in table} == {n_types} for table in tables)
             and len(problem.quadratic) in (0, inside)
+            and not (self.evidence is not None and (problem.losses or problem.quadratic))
             and all(len(row) == len(problem.quadratic) for row in problem.quadratic)
         )
 

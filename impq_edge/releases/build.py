@@ -33,6 +33,7 @@ from impq_edge.releases.report import Comparison, render
 from impq_edge.spqe.journal import to_text
 from impq_edge.spqe.ladder import LadderProfile
 from impq_edge.spqe.options import GameOptions
+from impq_edge.spqe.playing import evaluations_for
 from impq_edge.spqe.profile import SensitivityProfile
 from impq_edge.spqe.run import COMPUTE_DTYPES, measure_coalitions
 from impq_edge.spqe.sampling import Coalition, uniform
@@ -41,6 +42,7 @@ from impq_edge.stages import (
     allocate,
     allocation_request,
     calibration_windows,
+    chooses,
     convert,
     ladder,
     load_profile,
@@ -49,6 +51,7 @@ from impq_edge.stages import (
     profile,
     require_allocatable,
     require_compute,
+    require_no_program,
     require_rows,
 )
 from impq_edge.validation.report import ValidationReport
@@ -98,7 +101,7 @@ def build(
     budget_bytes: int | None = None,
     average_bits: float | Fraction | None = None,
     min_generation_tok_per_s: float | None = None,
-    alpha: float = 0.5,
+    alpha: float | None = None,
     outer_type: str = "q6_k",
     allow_fallback: bool = False,
     encode: str | None = None,
@@ -143,6 +146,8 @@ def build(
         min_generation_tok_per_s=min_generation_tok_per_s, alpha=alpha, outer_type=outer_type,
         types=game.types if given is None or game.is_ladder else measured_types(given),
     )  # fmt: skip
+    if game.is_played_in_rounds if given is None else chooses(given, game.method):
+        require_no_program(alpha)
     text_path = text or data_path("demo", "evaluation.txt")
     _require_measurable(text_path, windows, request)
     source = find(model, revision)
@@ -154,6 +159,9 @@ def build(
     profile_path, kept = out / "sensitivity.json", out / "encoded"
     done = given is not None or profile_path.exists()
     say(_told(_preview(spec, game, encoding, windows, played=done), out))
+    if game.is_played_in_rounds and not done:
+        evaluations = evaluations_for(len(players_of(spec, game.players)), game.walks)
+        say(f"The game is played in rounds, {evaluations:,} evaluations at most; the best that they measure is taken.")
 
     if given is not None and sensitivity is not None:
         found = given
@@ -168,7 +176,7 @@ def build(
         )  # fmt: skip
     allocation = allocate(
         found, device=target, context_tokens=context_tokens, kv_type=kv_type, budget_bytes=budget_bytes,
-        average_bits=average_bits, min_generation_tok_per_s=min_generation_tok_per_s, alpha=alpha,
+        average_bits=average_bits, min_generation_tok_per_s=min_generation_tok_per_s, method=game.method, alpha=alpha,
         outer_type=outer_type, types=request.types, out=out / "allocation.json",
     )  # fmt: skip
     _tell_allocation(allocation, say)
@@ -231,6 +239,7 @@ def summary(made: Build) -> dict[str, object]:
         "speeds": made.allocation.to_json()["speeds"],
         "objective": made.allocation.objective,
         "lower_bound": made.allocation.lower_bound,
+        **({"evidence": made.allocation.to_json()["evidence"]} if made.allocation.evidence else {}),
         "validation": made.validation.to_json(),
         "uniform": {f"{bits}bit": report.to_json() for bits, (_, report) in made.uniform.items()},
         "report": str(made.directory / "report.md"),
@@ -279,10 +288,11 @@ def _tell_allocation(allocation: Allocation, say: Say) -> None:
     else:
         counts = Counter(allocation.player_bits)
         players = ", ".join(f"{counts[bits]} at {bits}" for bits in allocation.types if counts[bits])
+        known = allocation.evidence.told() if allocation.evidence else "proven optimal for the profile"
         say(
             f"Of {len(allocation.player_bits)} players {players} bit, "
             f"{allocation.average_bits:.2f} bits on average, "
-            f"{allocation.predicted_file_bytes:,} bytes; proven optimal for the profile."
+            f"{allocation.predicted_file_bytes:,} bytes; {known}."
         )
     if allocation.speeds is not None:
         say(f"Speed {allocation.speeds.summary(allocation.device)}.")

@@ -70,6 +70,11 @@ def _headline(c: Comparison) -> str:
     if c.allocation.everything_fits:
         room = f"{left / _MIB:,.1f} MiB of the device's budget would be left for more bits."
         return f"Everything fits at {c.allocation.types[-1]} bit: {room}"
+    if c.allocation.evidence is not None:
+        return (
+            f"How the allocation was chosen: {c.allocation.evidence.told()}. It is the optimum of no program, so that "
+            "nothing proves that there is no better one."
+        )
     gap = c.allocation.objective - (c.allocation.lower_bound or 0.0)
     return (
         f"The allocation is optimal for the sensitivity profile: objective {c.allocation.objective:.6g} nats/token, "
@@ -152,7 +157,7 @@ def _game(c: Comparison, found: SensitivityProfile) -> str:
         f"## {settings.players.capitalize()}",
         "",
         f"Loss increase when one of the {settings.players} drops from 4 to 2 bit: Shapley values from "
-        f"{len(found.evaluations):,} coalitions ({found.design.estimator}) on {settings.tokens:,} tokens, with "
+        f"{_how_many(found)} ({found.design.estimator}) on {settings.tokens:,} tokens, with "
         f"standard errors. Unquantised {np.mean(found.reference_losses):.4f}, all at 4 bit {all_4:.4f}, all at "
         f"2 bit {all_2:.4f} nats/token.",
         "",
@@ -165,6 +170,13 @@ def _game(c: Comparison, found: SensitivityProfile) -> str:
         bar = "█" * round(_BAR_WIDTH * max(0.0, phi) / largest)
         lines.append(f"| {name} | {bits} | {phi:+.5f} ± {error:.5f} | {bar} |")
     return "\n".join(lines)
+
+
+def _how_many(found: SensitivityProfile) -> str:
+    """Say what φ comes from: of rounds only the pairs they began with, as the others were not drawn at random."""
+    if found.design.rounds is None:
+        return f"{len(found.evaluations):,} coalitions"
+    return f"{len(found.draws):,} of the complement pairs among {len(found.evaluations):,} coalitions"
 
 
 def _memory(c: Comparison) -> str:
@@ -221,6 +233,10 @@ def _provenance(c: Comparison, command: str) -> str:
             f"{design.estimator} of {design.permutations} permutations' cost, seed {design.seed}, stopped by "
             f"{c.profile.stopped_by}"
         )
+        if design.rounds is not None:
+            budgets = len(design.rounds.budgets)
+            what = f"{budgets} budget{'' if budgets == 1 else 's'}"
+            how = f"rounds at {what} after a design of {design.rounds.share:.0%}, {how}"
     encoding = ", ".join(f"{key} {value}" for key, value in c.mix[0].encoding.items())
     backend = ", ".join(f"{key} {value}" for key, value in settings.backend.items() if key != "name")
     report = c.mix[1]
@@ -232,9 +248,13 @@ def _provenance(c: Comparison, command: str) -> str:
         f"- sensitivity `{c.allocation.profile_sha256}`: {settings.backend['name']} ({backend}), "
         f"{how}, {settings.device} {settings.dtype}, "
         f"text `{settings.text_sha256[:16]}…`",
-        f"- allocation `{c.allocation.identity()}`: α = {c.allocation.alpha}, "
+        f"- allocation `{c.allocation.identity()}`: {_by(c.allocation)}, "
         f"embedding and head {c.allocation.outer_type or 'among the players'}",
         f"- file `{c.mix[0].sha256}`: {encoding}",
         f"- validated with llama-cpp-python {report.llama_cpp_python}: {report.system_info}",
     ]
     return "\n".join(lines)
+
+
+def _by(allocation: Allocation) -> str:
+    return f"α = {allocation.alpha}" if allocation.evidence is None else f"method {allocation.evidence.method}"

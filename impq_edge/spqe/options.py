@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from impq_edge.errors import SensitivityError
 from impq_edge.impq.allocate import bits_at
@@ -19,6 +19,13 @@ from impq_edge.spqe.ladder import check_types
 from impq_edge.spqe.run import COMPUTE_DTYPES, Answer
 from impq_edge.spqe.sampling import ESTIMATORS, Estimator
 from impq_edge.spqe.stopping import order_answer
+
+Method = Literal["rounds", "impq"]
+"""A design and rounds at the budgets, of which the best that was measured is taken; or the paper's game and program."""
+
+METHODS: tuple[Method, ...] = get_args(Method)
+
+DEFAULT_METHOD: Method = "impq"
 
 DEFAULT_PERMUTATIONS = 8  # a CPU's worth for the demo; the paper's setting is 100
 DEFAULT_TOKENS = 4096
@@ -33,8 +40,10 @@ class GameOptions:
     backend: str = "kquant"
     backend_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # the library's defaults otherwise
     players: PlayerKind = "blocks"
-    estimator: Estimator = "permutations"
-    permutations: int | None = None  # M, or as many evaluations in the draws of another estimator; see walks
+    method: Method | None = None  # DEFAULT_METHOD where types are the published ones; see is_played_in_rounds
+    estimator: Estimator | None = None  # of --method impq, permutations by default; rounds take complement pairs
+    permutations: int | None = None  # M, or as many evaluations in other draws or in rounds; see walks
+    curve: str | None = None  # average bits that rounds are played at; 2.25 to 3.75, or a device's budgets, by default
     types: tuple[int, ...] = PUBLISHED_TYPES  # others: a ladder is measured, and embedding and head are players too
     tokens: int = DEFAULT_TOKENS  # per evaluation
     calibration_tokens: int = DEFAULT_CALIBRATION_TOKENS  # of the same text, for encoders that want to know the inputs
@@ -50,13 +59,15 @@ class GameOptions:
     def __post_init__(self) -> None:
         for flag, value, known in (
             ("--players", self.players, PLAYER_KINDS),
-            ("--estimator", self.estimator, ESTIMATORS),
+            ("--method", self.method or DEFAULT_METHOD, METHODS),
+            ("--estimator", self.estimator or "permutations", ESTIMATORS),
             ("--compute", self.compute or "cpu", COMPUTE_DTYPES),
         ):
             if value not in known:
                 raise SensitivityError(f"{flag} {value!r} is unknown; choose one of {', '.join(known)}.")
         if self.until_stable not in (None, "order", "allocation"):
             _average_bits(self.until_stable)
+        self._require_method()
         if self.window_tokens < 2:
             raise SensitivityError(f"A window of {self.window_tokens} tokens has nothing to predict; give 2 or more.")
         for flag, tokens in (("--tokens", self.tokens), ("--calibration-tokens", self.calibration_tokens)):
@@ -85,11 +96,45 @@ class GameOptions:
         return self.types != PUBLISHED_TYPES
 
     @property
+    def is_played_in_rounds(self) -> bool:
+        """Whether the game is played in rounds, and the allocation chosen from what was measured."""
+        return not self.is_ladder and (self.method or DEFAULT_METHOD) == "rounds"
+
+    @property
+    def targets(self) -> tuple[Fraction, ...] | None:
+        """Average bits at which rounds were asked for; None where they were not."""
+        return None if self.curve is None else tuple(_average_bits(self.curve, "--curve"))
+
+    @property
     def walks(self) -> int:
         """M: what was asked for, else a CPU's worth; none for a ladder, which needs the game for interactions alone."""
         if self.permutations is not None:
             return self.permutations
         return 0 if self.is_ladder else DEFAULT_PERMUTATIONS
+
+    def _require_method(self) -> None:
+        """Refuse options of the one method with the other."""
+        if self.is_ladder:
+            if self.method == "rounds":
+                raise SensitivityError(
+                    f"--method rounds chooses between 2 and 4 bit; leave it out with --types "
+                    f"{','.join(map(str, self.types))}, which are allocated by a program of their own."
+                )
+        elif self.is_played_in_rounds:
+            if self.until_stable is not None:
+                raise SensitivityError(
+                    f"--until-stable {self.until_stable} is for --method impq; rounds end with the evaluations of "
+                    "--permutations: leave it out, or choose that method."
+                )
+            if self.estimator not in (None, "stratified"):
+                raise SensitivityError(
+                    f"--estimator {self.estimator} is for --method impq; rounds begin with complement pairs: leave it "
+                    "out, or choose that method."
+                )
+        if self.curve is not None:
+            if not self.is_played_in_rounds:
+                raise SensitivityError(f"--curve {self.curve} is for --method rounds; leave it out, or choose that.")
+            _average_bits(self.curve, "--curve")
 
     def _require_ladder(self) -> None:
         check_types(self.types)
@@ -124,11 +169,10 @@ def stability_answer(until_stable: str, spec: ModelSpec, players: PlayerKind) ->
     return allocations
 
 
-def _average_bits(until_stable: str) -> list[Fraction]:
-    parts = [part.strip() for part in until_stable.split(",")]
+def _average_bits(text: str, flag: str = "--until-stable") -> list[Fraction]:
+    parts = [part.strip() for part in text.split(",")]
     targets = [Fraction(part) for part in parts if _BITS.fullmatch(part)]
     if len(targets) < len(parts) or not all(2 <= target <= 4 for target in targets):
-        raise SensitivityError(
-            f"--until-stable {until_stable!r} is neither 'order' nor average bits from 2 to 4; write it like 2.5,3."
-        )
+        what = "neither 'order' nor average bits" if flag == "--until-stable" else "no list of average bits"
+        raise SensitivityError(f"{flag} {text!r} is {what} from 2 to 4; write it like 2.5,3.")
     return targets

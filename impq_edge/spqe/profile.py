@@ -15,6 +15,7 @@ from impq_edge.model.spec import ModelSpec
 from impq_edge.records import STRICT, Record
 from impq_edge.spqe.estimate import Estimate, estimate
 from impq_edge.spqe.journal import from_text, to_text
+from impq_edge.spqe.playing import Rounds
 from impq_edge.spqe.sampling import Coalition, Draw, Estimator, evaluation_order
 
 
@@ -58,12 +59,14 @@ class Design:
     permutations: int  # M, or as many evaluations in other draws
     seed: int
     until_stable: str = ""  # what must have stopped changing: "order", average bits, or a request's identity
+    rounds: Rounds | None = None  # what was evaluated besides the draws; None: the paper's game, and draws alone
 
 
 MAX_LOSS = 1e6
 """Nats per token. A uniform guess among 2^20 tokens loses 14; squares of far larger numbers would overflow."""
 
-StoppedBy = Literal["permutations", "stability", "time"]
+StoppedBy = Literal["permutations", "stability", "time", "evaluations"]
+"""Draws, or all that rounds may evaluate, were done; or what came first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +130,13 @@ class SensitivityProfile(Record):
             covariance=tuple(tuple(row) for row in result.covariance.tolist()),
         )
 
+    def to_json(self) -> dict[str, Any]:
+        """Leave out rounds where none were played: the identities of such records are older than rounds."""
+        told = super().to_json()
+        if self.design.rounds is None:
+            del told["design"]["rounds"]
+        return told
+
     def __post_init__(self) -> None:
         n_players = self.n_players
         full = set(range(n_players))
@@ -139,6 +149,10 @@ class SensitivityProfile(Record):
             raise SensitivityError(f"The profile's estimates are not of {n_players} players; make it anew.")
         if any(len(e.coalition) != n_players or not set(e.coalition) <= {"2", "4"} for e in self.evaluations):
             raise SensitivityError(f"The profile's evaluations are not of {n_players} players; make it anew.")
+        budgets = self.design.rounds.budgets if self.design.rounds else ()
+        costs = [constraint.costs for budget in budgets for constraint in budget]
+        if any(len(table) != n_players or {len(row) for row in table} != {2} for table in costs):
+            raise SensitivityError(f"The profile's rounds were not played with {n_players} players; make it anew.")
         windows = {len(losses) for losses in (self.reference_losses, *(e.losses for e in self.evaluations))}
         if len(windows) > 1 or 0 in windows:
             raise SensitivityError("The profile's losses are not all of the same windows; make it anew.")

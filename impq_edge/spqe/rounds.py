@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from impq_edge.impq.problem import Constraint
-from impq_edge.spqe.sampling import Coalition, uniform
+from impq_edge.spqe.sampling import Coalition, Draw, coalitions_of, draws, pairs_of_size, uniform
 from impq_edge.spqe.surrogate import Prior, Surrogate
 
 Array = NDArray[np.float64]
@@ -50,6 +50,41 @@ class Room:
     def tightest(self) -> int:
         """The constraint of which the least can be afforded: the one that allocations lie on."""
         return int(np.argmin(self.budgets / np.maximum(self.costs, 0).sum(axis=1)))
+
+
+def design(n_players: int, evaluations: int, share: float, seed: int) -> tuple[list[Coalition], list[Draw]]:
+    """Choose what is evaluated before the rounds: anchors, then complement pairs of every size.
+
+    Parameters
+    ----------
+    evaluations
+        In all, with the rounds; 2 or more.
+    share
+        Of them that this part takes; 4 in any case where there are so many, so that a pair is among them.
+
+    Returns
+    -------
+    Coalitions, none twice: the two uniform ones, every player alone at 2 bit, every player alone at 4 bit, and pairs.
+    Players alone are left out, at 4 bit or both, where not all of them fit: some would only tell of the first players.
+    Then the pairs among the coalitions, as ``stratified`` draws them: a player alone at 2 and at 4 bit is one too.
+    """
+    limit = min(evaluations, max(4, round(share * evaluations)))
+    found = dict.fromkeys([uniform(4, n_players), uniform(2, n_players)])
+    pairs: dict[Draw, None] = {}
+    at_4: list[Coalition] = [tuple(4 if p == one else 2 for p in range(n_players)) for one in range(n_players)]
+    at_2: list[Coalition] = [tuple(2 if p == one else 4 for p in range(n_players)) for one in range(n_players)]
+    if 2 + 2 * n_players <= limit:
+        found |= dict.fromkeys([*at_2, *at_4])
+        pairs |= dict.fromkeys((one,) for one in range(pairs_of_size(1, n_players) if n_players > 1 else 0))
+    elif 4 + n_players <= limit:
+        found |= dict.fromkeys(at_2)
+    for draw in draws("stratified", n_players, limit // 2 + n_players, seed):
+        fresh = [coalition for coalition in coalitions_of("stratified", draw, n_players) if coalition not in found]
+        if len(found) + len(fresh) > limit:
+            break
+        found |= dict.fromkeys(fresh)
+        pairs[draw] = None
+    return list(found), list(pairs)
 
 
 def neighbours(lowest: Array, room: Room) -> Array:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
 from pathlib import Path
@@ -19,8 +20,10 @@ from impq_edge.spqe.cluster import Evaluator, RayEvaluator
 from impq_edge.spqe.estimate import Estimate, estimate
 from impq_edge.spqe.game import Prepared
 from impq_edge.spqe.journal import Journal, from_text, to_text
+from impq_edge.spqe.playing import evaluations_for, play_rounds
 from impq_edge.spqe.profile import Design, GameSettings, SensitivityProfile, StoppedBy
-from impq_edge.spqe.sampling import Coalition, Draw, draws, draws_for, evaluation_order
+from impq_edge.spqe.rounds import design as first_part
+from impq_edge.spqe.sampling import Coalition, Draw, coalitions_of, draws, draws_for, evaluation_order
 from impq_edge.spqe.stopping import Stability
 from impq_edge.spqe.table import Job, Progress, set_table, set_table_elsewhere
 
@@ -94,7 +97,7 @@ def estimate_sensitivity(
     workers: Workers | None = None,
     progress: Progress = lambda *_: None,
 ) -> Measured:
-    """Run SPQE: evaluate the coalitions of a design and estimate φ and C from their losses.
+    """Run SPQE: evaluate the coalitions of a design and of its rounds, and estimate φ and C from its draws.
 
     Losses are appended to ``journal_path`` as they are measured; a second call with the same inputs
     goes on where the first was stopped. Losses of an earlier profile of the same game, ``before``, are kept and not
@@ -112,7 +115,8 @@ def estimate_sensitivity(
     workers = workers or Workers()
     known = before.window_losses if before else {}
     losses = {**known, **{from_text(of): values for of, values in journal.losses.items()}}
-    run = _Run(job, design, losses, journal, limits.answer, deadline, max(1, workers.count), progress)
+    make = _Run if design.rounds is None else _Rounds
+    run = make(job, design, losses, journal, limits.answer, deadline, max(1, workers.count), progress)
     with _table(job, workers, before if run.is_known else None, progress) as (evaluator, prepared, streamed):
         found, stopped_by = run.play(evaluator)
         evaluations, share = evaluator.evaluations, evaluator.recomputed_share
@@ -126,7 +130,7 @@ def estimate_sensitivity(
         reference_losses=prepared.reference_losses,
         draws=found,
         losses=run.losses,
-        also=known,
+        also={*known, *run.seen},
     )
     kept = {evaluation.coalition for evaluation in profile.evaluations}
     in_profile = kept.issuperset(journal.losses)
@@ -190,6 +194,7 @@ class _Run:
         progress: Progress,
     ) -> None:
         self.losses = losses
+        self.seen: dict[Coalition, float] = {}  # what rounds asked for, in turn; nats per token
         self._design = design
         self._journal = journal
         self._answer = answer
@@ -226,7 +231,9 @@ class _Run:
 
     def _evaluate(self, evaluator: Evaluator, wanted: Sequence[Draw]) -> bool:
         """Measure what is missing; return whether that ended before the deadline."""
-        missing = self._missing(wanted)
+        return self._measure(evaluator, self._missing(wanted))
+
+    def _measure(self, evaluator: Evaluator, missing: Sequence[Coalition]) -> bool:
         self._told()
         with contextlib.closing(evaluator.evaluate(missing)) as results:
             for left, (coalition, losses) in enumerate(results, 1 - len(missing)):
@@ -257,3 +264,54 @@ class _Run:
 
     def _order(self, wanted: Sequence[Draw]) -> list[Coalition]:
         return evaluation_order(self._design.estimator, wanted, self._n_players)
+
+
+class _Rounds(_Run):
+    """The evaluations of a design, then rounds; what they ask for follows from losses alone, whoever measured them."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        assert self._design.rounds is not None
+        self._rounds = self._design.rounds
+        self._total = evaluations_for(self._n_players, self._design.permutations)
+        self._first, self._draws = first_part(self._n_players, self._total, self._rounds.share, self._design.seed)
+        if not self._rounds.budgets:
+            self._total = len(self._first)
+
+    @property
+    def is_known(self) -> bool:
+        """What rounds ask for is known only once they were played."""
+        return not self._rounds.budgets and all(coalition in self.losses for coalition in self._first)
+
+    def play(self, evaluator: Evaluator) -> tuple[list[Draw], StoppedBy]:
+        """Evaluate the design and play the rounds, until all is done or time is over."""
+
+        def ask(coalitions: Sequence[Coalition]) -> NDArray[np.float64]:
+            if not self._measure(evaluator, sorted(c for c in coalitions if c not in self.losses)):
+                raise _OutOfTimeError
+            self.seen.update((coalition, float(self.losses[coalition].mean())) for coalition in coalitions)
+            return np.array([self.seen[coalition] for coalition in coalitions])
+
+        # In one go more activations are reused, but where time can run out, pairs are finished in turn.
+        step = len(self._first) if self._deadline is None else self._n_players
+        try:
+            for start in range(0, len(self._first), step):
+                ask(self._first[start : start + step])
+            if self._rounds.budgets:
+                play_rounds(ask, self.seen, self._draws, self._rounds, self._total)
+        except _OutOfTimeError:
+            return self._cut_short(len(self._whole_draws())), "time"
+        return self._draws, "evaluations"
+
+    def _whole_draws(self) -> list[Draw]:
+        """Return the first draws, as far as all their coalitions were measured."""
+        return list(
+            itertools.takewhile(
+                lambda draw: all(c in self.losses for c in coalitions_of("stratified", draw, self._n_players)),
+                self._draws,
+            )
+        )
+
+
+class _OutOfTimeError(Exception):
+    """Ends a round that is under way."""

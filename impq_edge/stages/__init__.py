@@ -7,7 +7,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from impq_edge.stages.allocating import OUTER_TYPES, allocate, allocation_request, require_allocatable
+    from impq_edge.stages.allocating import (
+        OUTER_TYPES,
+        allocate,
+        allocation_request,
+        chooses,
+        require_allocatable,
+        require_no_program,
+    )
     from impq_edge.stages.converting import FILE_TYPES, convert, imatrix, record_path, uniform_types
     from impq_edge.stages.measuring import ladder, load_profile, measured_types, profile
     from impq_edge.stages.opening import calibration_windows, open_model, require_compute, require_rows
@@ -19,6 +26,7 @@ __all__ = [
     "allocate",
     "allocation_request",
     "calibration_windows",
+    "chooses",
     "convert",
     "imatrix",
     "ladder",
@@ -30,6 +38,7 @@ __all__ = [
     "record_path",
     "require_allocatable",
     "require_compute",
+    "require_no_program",
     "require_rows",
     "uniform_types",
 ]
@@ -40,6 +49,7 @@ _HOMES = {
     "allocate": "allocating",
     "allocation_request": "allocating",
     "calibration_windows": "opening",
+    "chooses": "allocating",
     "convert": "converting",
     "imatrix": "converting",
     "ladder": "measuring",
@@ -51,6 +61,7 @@ _HOMES = {
     "record_path": "converting",
     "require_allocatable": "allocating",
     "require_compute": "opening",
+    "require_no_program": "allocating",
     "require_rows": "opening",
     "uniform_types": "converting",
 }

@@ -11,12 +11,21 @@ from impq_edge.devices.profile import DeviceProfile, load_device
 from impq_edge.errors import AllocationError
 from impq_edge.ggml.cache import KvType
 from impq_edge.ggml.types import TensorType
-from impq_edge.impq.allocate import Request, allocate_blocks, allocate_ladder, require_feasible
-from impq_edge.impq.allocation import PUBLISHED_TYPES, Allocation
+from impq_edge.impq.allocate import (
+    DEFAULT_ALPHA,
+    Request,
+    allocate_blocks,
+    allocate_chosen,
+    allocate_ladder,
+    require_feasible,
+)
+from impq_edge.impq.allocation import PUBLISHED_TYPES, Allocation, listed
 from impq_edge.model.players import PlayerKind
 from impq_edge.model.source import Source
 from impq_edge.model.spec import ModelSpec
+from impq_edge.spqe.choice import choose
 from impq_edge.spqe.ladder import LadderProfile
+from impq_edge.spqe.options import METHODS, Method
 from impq_edge.spqe.profile import SensitivityProfile
 from impq_edge.stages.measuring import load_profile, measured_types
 from impq_edge.stages.opening import tokenizer_of
@@ -33,12 +42,13 @@ def allocate(
     budget_bytes: int | None = None,
     average_bits: float | Fraction | None = None,
     min_generation_tok_per_s: float | None = None,
-    alpha: float = 0.5,
+    method: Method | None = None,
+    alpha: float | None = None,
     outer_type: TensorType | str = TensorType.Q6_K,
     types: Sequence[int] | None = None,
     out: Path | None = None,
 ) -> Allocation:
-    """Solve IMPQ for a device: how many bits each player gets within its memory.
+    """Choose how many bits each player gets within a device's memory.
 
     Parameters
     ----------
@@ -52,8 +62,11 @@ def allocate(
         Further limits, on the file and on the blocks' nominal bits.
     min_generation_tok_per_s
         Slowest generation, as predicted for tg128 from the device's measured speeds.
+    method
+        ``"impq"`` solves the paper's program; ``"rounds"``, for a profile in which rounds were played, takes the best
+        that was measured or what a model of all measured losses thinks better. By default as the profile was made.
     alpha
-        Damping of interactions, 1 drops them.
+        Damping of interactions in a program, 0.5 by default; 1 drops them.
     outer_type
         Type of embedding and head, where they are no players.
     types
@@ -65,6 +78,9 @@ def allocate(
         When the model does not fit even at the fewest bits, or what fits is too slow.
     """
     found = load_profile(profile) if isinstance(profile, Path | str) else profile
+    is_chosen = chooses(found, method)
+    if is_chosen:
+        require_no_program(alpha, types)
     request = allocation_request(
         device, context_tokens=context_tokens, kv_type=kv_type, budget_bytes=budget_bytes, average_bits=average_bits,
         min_generation_tok_per_s=min_generation_tok_per_s, alpha=alpha, outer_type=outer_type,
@@ -78,6 +94,11 @@ def allocate(
         allocation = allocate_ladder(
             found.model, found.header_bytes, losses, covariance, found.identity(), request, found.settings.players,
         )  # fmt: skip
+    elif is_chosen:
+        allocation = allocate_chosen(
+            found.model, found.header_bytes, lambda budget: choose(found, budget), found.identity(), request,
+            found.settings.players,
+        )  # fmt: skip
     else:
         estimate = found.estimate()
         allocation = allocate_blocks(
@@ -90,6 +111,43 @@ def allocate(
     return allocation
 
 
+def chooses(found: SensitivityProfile | LadderProfile, method: Method | None) -> bool:
+    """Whether an allocation is chosen by what was measured, and not the optimum of a program.
+
+    Raises
+    ------
+    AllocationError
+        When nothing was measured that it could be chosen by.
+    """
+    if method is not None and method not in METHODS:
+        raise AllocationError(f"--method {method!r} is unknown; choose one of {', '.join(METHODS)}.")
+    if isinstance(found, LadderProfile):
+        if method == "rounds":
+            raise AllocationError(
+                f"--method rounds chooses from a game of 2 and 4 bit, and this is a ladder of {listed(found.types)}; "
+                "leave it out, or give such a profile."
+            )
+        return False
+    if found.design.rounds is not None:
+        return method != "impq"
+    if method == "rounds":  # simulated, a model of the game then chose worse than the program, which averages
+        raise AllocationError(
+            f"--method rounds chooses from what rounds measured, and this profile holds {found.design.estimator} "
+            "alone; play them with profile --method rounds, which goes on from it, or leave --method out."
+        )
+    return False
+
+
+def require_no_program(alpha: float | None, types: Sequence[int] | None = None) -> None:
+    """Refuse what only a program takes."""
+    if alpha is not None:
+        raise AllocationError(f"--alpha {alpha:g} is for --method impq; leave it out, or choose that method.")
+    if types is not None and tuple(types) != PUBLISHED_TYPES:
+        raise AllocationError(
+            f"--method rounds chooses between 2 and 4 bit; leave --types {listed(types)} out, or measure that ladder."
+        )
+
+
 def allocation_request(
     device: DeviceProfile | str,
     *,
@@ -97,8 +155,8 @@ def allocation_request(
     kv_type: KvType | None,
     budget_bytes: int | None,
     average_bits: float | Fraction | None,
-    alpha: float,
     outer_type: TensorType | str,
+    alpha: float | None = None,
     types: Sequence[int] = PUBLISHED_TYPES,
     min_generation_tok_per_s: float | None = None,
 ) -> Request:
@@ -116,7 +174,7 @@ def allocation_request(
         kv_type=kv_type or target.kv_type,
         file_budget_bytes=budget_bytes,
         average_bits=None if average_bits is None else Fraction(average_bits).limit_denominator(10**6),
-        alpha=alpha,
+        alpha=DEFAULT_ALPHA if alpha is None else alpha,
         outer_type=TensorType(outer_type),
         types=tuple(types),
         min_generation_tok_per_s=min_generation_tok_per_s,

@@ -91,6 +91,8 @@ def convert(
             "device": found.device[:64],
             "budget_bytes": found.budget_bytes,
         }
+        if found.evidence is not None:
+            recipe = {**recipe, "method": found.evidence.method}
     else:
         kind, outer = _file_type(type), TensorType(outer_type or TensorType.Q6_K)
         types = uniform_types(spec, kind, outer, allow_fallback)

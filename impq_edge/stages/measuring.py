@@ -8,8 +8,9 @@ from impq_edge.backends import load_backend
 from impq_edge.conversion.layout import header_bytes
 from impq_edge.data import data_path
 from impq_edge.errors import SensitivityError
-from impq_edge.impq.allocate import Request, allocate_blocks
+from impq_edge.impq.allocate import Request, allocate_blocks, budgets_of
 from impq_edge.impq.allocation import PUBLISHED_TYPES
+from impq_edge.model.players import players_of
 from impq_edge.model.source import DEMO, Source
 from impq_edge.model.spec import ModelSpec
 from impq_edge.records import load_one_of, sha256_json
@@ -17,6 +18,7 @@ from impq_edge.spqe.estimate import Estimate
 from impq_edge.spqe.journal import Journal
 from impq_edge.spqe.ladder import LadderProfile
 from impq_edge.spqe.options import GameOptions, stability_answer
+from impq_edge.spqe.playing import CURVE, Rounds, curve, evaluations_for
 from impq_edge.spqe.profile import Design, GameSettings, SensitivityProfile
 from impq_edge.spqe.run import Limits, Measured, Workers, estimate_sensitivity, game_settings
 from impq_edge.spqe.rungs import measure_ladder, measured_rungs
@@ -50,7 +52,8 @@ def profile(
     game
         How sensitivity is measured.
     request
-        The allocation that must have stopped changing where ``game.until_stable`` is ``"allocation"``.
+        The allocation that must have stopped changing where ``game.until_stable`` is ``"allocation"``, or the one
+        whose budgets rounds are played at where ``game.curve`` names no others.
     extend
         Whether a profile that a time limit cut short is gone on with, or taken as it is.
     kept
@@ -72,7 +75,9 @@ def profile(
         raise SensitivityError("More types than 2 and 4 bit are measured one player at a time; call ladder instead.")
     job, header = _job(model, game, kept, revision, allow_fallback, progress)
     until_stable, answer = _stability(game, job.spec, header, request)
-    design = Design(game.estimator, game.walks, game.seed, until_stable)
+    design = Design(game.estimator or "permutations", game.walks, game.seed, until_stable)
+    if game.is_played_in_rounds:
+        design = dataclasses.replace(design, estimator="stratified", rounds=_rounds(game, job.spec, header, request))
     before = None
     if out.exists():
         found = SensitivityProfile.load(out)
@@ -116,8 +121,9 @@ def ladder(
     played, types = None, game.types
     if game.walks:
         played = profile(
-            model, out=out.with_name(f"{out.stem}.game.json"), game=dataclasses.replace(game, types=PUBLISHED_TYPES),
-            kept=kept, revision=revision, allow_fallback=allow_fallback, say=say, progress=progress,
+            model, out=out.with_name(f"{out.stem}.game.json"),
+            game=dataclasses.replace(game, types=PUBLISHED_TYPES, method="impq"), kept=kept,
+            revision=revision, allow_fallback=allow_fallback, say=say, progress=progress,
         )  # fmt: skip
     if out.exists():
         found = LadderProfile.load(out)
@@ -181,6 +187,16 @@ def _told(measured: Measured) -> str:
     if measured.streamed_blocks:
         done += f"; {measured.streamed_blocks} blocks were streamed from host memory, for want of GPU memory"
     return f"{done}."
+
+
+def _rounds(game: GameOptions, spec: ModelSpec, header: int, request: Request | None) -> Rounds:
+    """Return the rounds of a curve that serves all devices, or of one device's own budgets."""
+    players = players_of(spec, game.players)
+    if request is not None and game.curve is None:
+        budgets = [budgets_of(spec, header, request, game.players)]
+    else:
+        budgets = curve(players, game.targets or CURVE)
+    return Rounds.within(budgets, evaluations_for(len(players), game.walks))
 
 
 def _stability(

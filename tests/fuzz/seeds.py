@@ -17,15 +17,18 @@ from impq_edge.data import data_path
 from impq_edge.devices.profile import DeviceProfile, load_device
 from impq_edge.ggml.split import SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS
 from impq_edge.ggml.types import TensorType
-from impq_edge.impq.allocate import Request, allocate_blocks
+from impq_edge.impq.allocate import Request, allocate_blocks, allocate_chosen
 from impq_edge.impq.allocation import Allocation
+from impq_edge.impq.problem import Constraint
 from impq_edge.model.config import HyperParameters, read_hyperparameters
 from impq_edge.model.players import players_of
 from impq_edge.model.recipe import TensorTypes, tensor_types
 from impq_edge.model.spec import ModelSpec, TensorSpec
 from impq_edge.records import Record
 from impq_edge.releases.build import BackendLosses
+from impq_edge.spqe.choice import choose
 from impq_edge.spqe.ladder import LadderProfile, Rung
+from impq_edge.spqe.playing import Rounds
 from impq_edge.spqe.profile import Design, GameSettings, SensitivityProfile
 from impq_edge.validation.doctor import DoctorReport, Package, Probe
 from impq_edge.validation.inspection import Inspection, inspect
@@ -363,6 +366,36 @@ def _inspection() -> Inspection:
 
 def _losses() -> BackendLosses:
     return BackendLosses("0" * 64, "0" * 64, ("24", "44", "22"), (1.0, 0.9, 1.2), (1.1, 0.9, 1.3))
+
+
+def _played() -> SensitivityProfile:
+    """As the other, but made in rounds."""
+    found, design = _profile(), Design("stratified", 4, 0, rounds=_rounds())
+    losses = found.window_losses
+    return SensitivityProfile.from_losses(
+        model=found.model, header_bytes=HEADER_BYTES, settings=_game(), design=design, stopped_by="evaluations",
+        bits_per_weight=found.bits_per_weight, reference_losses=np.array(found.reference_losses), draws=[(0,)],
+        losses=losses, also=losses,
+    )  # fmt: skip
+
+
+def _rounds() -> Rounds:
+    return Rounds.within([(Constraint("file budget", "bytes", ((0, 10), (0, 12)), 15),)], 6)
+
+
+def _chosen() -> Allocation:
+    from fractions import Fraction
+
+    profile = _played()
+    request = Request(device=load_device("raspberry-pi-5"), context_tokens=512, kv_type="f16", average_bits=Fraction(3))
+    return allocate_chosen(model(), HEADER_BYTES, lambda budget: choose(profile, budget), profile.identity(), request)
+
+
+@functools.cache
+def in_rounds(kind: type[Record]) -> dict[str, Any]:
+    """A sound record of a kind as rounds leave it, as JSON values."""
+    made = _played() if kind is SensitivityProfile else _chosen()
+    return json.loads(json.dumps(made.to_json()))  # type: ignore[no-any-return]
 
 
 _RECORDS: dict[type[Record], Any] = {

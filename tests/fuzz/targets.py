@@ -23,10 +23,12 @@ from impq_edge.devices.profile import DeviceProfile, is_this_machine, load_devic
 from impq_edge.errors import ConversionError
 from impq_edge.ggml.header import read_header
 from impq_edge.impq.allocation import Allocation
+from impq_edge.impq.problem import Constraint
 from impq_edge.model.calibration import read_windows
 from impq_edge.model.spec import ModelSpec, read_model
 from impq_edge.records import Record
 from impq_edge.releases.build import BackendLosses
+from impq_edge.spqe.choice import choose
 from impq_edge.spqe.journal import Journal
 from impq_edge.spqe.ladder import LadderProfile
 from impq_edge.spqe.profile import SensitivityProfile
@@ -178,6 +180,8 @@ def _read_journal(path: Path) -> None:
 
 def _look_at_profile(profile: SensitivityProfile) -> None:
     profile.estimate()
+    if profile.design.rounds is not None and profile.n_players == 2:
+        choose(profile, (Constraint("file budget", "bytes", ((0, 10), (0, 12)), 15),))
 
 
 def _look_at_ladder(profile: LadderProfile) -> None:
@@ -227,6 +231,11 @@ def targets() -> dict[str, Target]:
         *(
             Target(kind.__name__, _json(functools.partial(seeds.record, kind)), _record(kind, check))
             for kind, check in records
+        ),
+        *(
+            Target(f"{kind.__name__} of rounds", _json(functools.partial(seeds.in_rounds, kind)), _record(kind, check))
+            for kind, check in records
+            if kind in (SensitivityProfile, Allocation)
         ),
     ]
     return {target.name: target for target in found}

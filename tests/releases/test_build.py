@@ -20,9 +20,10 @@ from impq_edge.releases.build import Build, summary
 from impq_edge.spqe.ladder import LadderProfile
 from impq_edge.spqe.options import GameOptions
 from impq_edge.spqe.profile import SensitivityProfile
+from impq_edge.validation.inspection import inspect
 from impq_edge.validation.report import ValidationReport
 
-GAME = GameOptions(permutations=2, tokens=1024, backend_settings={"encode": "rtn"})
+GAME = GameOptions(method="impq", permutations=2, tokens=1024, backend_settings={"encode": "rtn"})
 QUICK = {"game": GAME, "windows": 2, "context_tokens": 256}
 
 
@@ -244,6 +245,81 @@ def test_kill_at_any_stage_and_resume_gives_the_same_bytes(
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in reference.iterdir()}
 
 
+IN_ROUNDS = dataclasses.replace(GAME, method="rounds", tokens=512, players="sublayers", permutations=6)
+
+
+@pytest.fixture(scope="module")
+def played(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Build, list[str]]:
+    return quick_build(checkpoints["qwen3"], tmp_path_factory.mktemp("rounds"), game=IN_ROUNDS)
+
+
+def test_a_build_in_rounds_ships_the_best_that_was_measured(played: tuple[Build, list[str]]) -> None:
+    made, told = played
+    evidence, found = made.allocation.evidence, made.profile
+    assert isinstance(found, SensitivityProfile) and found.stopped_by == "evaluations"
+    assert evidence is not None and evidence.is_measured and evidence.evaluations == len(found.losses) == 6 * 5 + 2
+    chosen = made.allocation.player_bits
+    assert found.losses[chosen] == evidence.loss and made.allocation.average_bits <= 3  # type: ignore[index]
+    constraint = next(c for c in made.allocation.problem.constraints if c.name == "average bits")
+    fits = [
+        loss for bits, loss in found.losses.items() if constraint.used([b // 2 - 1 for b in bits]) <= constraint.budget
+    ]
+    assert evidence.loss == min(fits)
+    assert made.artifact.tensor_types == made.allocation.tensor_types
+    assert any("the best of 32 measured coalitions that fits, calibration loss" in sentence for sentence in told)
+    assert any(sentence.startswith("The game is played in rounds, 32 evaluations at most;") for sentence in told)
+
+
+def test_papers_of_a_build_in_rounds_claim_no_proof(played: tuple[Build, list[str]]) -> None:
+    made, _ = played
+    report = (made.directory / "report.md").read_text()
+    assert "How the allocation was chosen: the best of 32 measured coalitions that fits" in report
+    assert "optimum of no program" in report and "proven" not in report and "α =" not in report
+    assert f"{len(made.profile.draws)} of the complement pairs among 32 coalitions" in report  # type: ignore[union-attr]
+    assert "rounds at 1 budget after a design of 40%" in report and ": method rounds, " in report
+    told = json.loads(json.dumps(summary(made)))
+    assert told["lower_bound"] is None and told["evidence"]["method"] == "rounds"
+    recipe = inspect(made.directory / made.artifact.artifact).recipe
+    assert recipe is not None and recipe["method"] == "rounds"
+
+
+def test_another_budget_is_played_with_what_is_known(
+    played: tuple[Build, list[str]], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    out, before = Path(shutil.copytree(played[0].directory, tmp_path / "copy")), played[0].profile
+    assert isinstance(before, SensitivityProfile)
+    other, _ = quick_build(checkpoints["qwen3"], out, game=IN_ROUNDS, average_bits=2.5)
+    assert isinstance(other.profile, SensitivityProfile)
+    assert set(other.profile.losses) >= set(before.losses) and other.profile.design != before.design
+    assert other.allocation.evidence is not None and other.allocation.evidence.is_measured
+    fresh, _ = quick_build(checkpoints["qwen3"], tmp_path / "fresh", game=IN_ROUNDS, average_bits=2.5)
+    assert fresh.allocation.evidence is not None
+    assert other.allocation.evidence.loss <= fresh.allocation.evidence.loss
+
+
+def test_where_everything_fits_no_rounds_are_played(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    made, told = quick_build(checkpoints["qwen3"], tmp_path, game=IN_ROUNDS, average_bits=None)
+    assert isinstance(made.profile, SensitivityProfile) and len(made.profile.losses) == round(0.4 * 32)
+    assert made.allocation.everything_fits and any("Everything fits laptop-16gb" in sentence for sentence in told)
+    assert "Everything fits at 4 bit" in (tmp_path / "report.md").read_text()
+
+
+def test_what_does_not_go_with_rounds_fails_before_the_game(
+    built: tuple[Build, list[str]], played: tuple[Build, list[str]], checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    plain, rounds = (made.directory / "sensitivity.json" for made, _ in (built, played))
+    for message, arguments in (
+        ("--alpha 0.5 is for --method impq", {"game": IN_ROUNDS, "alpha": 0.5}),
+        ("--alpha 0.5 is for --method impq", {"sensitivity": rounds, "game": GameOptions(), "alpha": 0.5}),
+        ("this profile holds permutations alone", {"sensitivity": plain, "game": IN_ROUNDS}),
+        ("--budget", {"game": IN_ROUNDS, "budget_bytes": 1000}),
+    ):
+        told: list[str] = []
+        with pytest.raises(AllocationError, match=message):
+            quick_build(checkpoints["qwen3"], tmp_path / "out", say=told.append, **arguments)
+        assert not any("takes about" in sentence for sentence in told) and not (tmp_path / "out").exists()
+
+
 def test_bad_input_leaves_nothing_behind(
     built: tuple[Build, list[str]], checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -267,7 +343,7 @@ def test_bad_input_leaves_nothing_behind(
 
 def test_a_ladder_with_the_default_encoder(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """Embedding and head are players too, nothing is encoded by another encoder than the one measured with."""
-    game = GameOptions(tokens=512, calibration_tokens=1024, types=(2, 4, 8), compute="cpu")
+    game = GameOptions(method="impq", tokens=512, calibration_tokens=1024, types=(2, 4, 8), compute="cpu")
     budget = 3_500_000
     made, told = quick_build(checkpoints["qwen3"], tmp_path, game=game, average_bits=None, budget_bytes=budget)
     allocation = made.allocation

@@ -9,8 +9,9 @@ from impq_edge.errors import SensitivityError
 from impq_edge.impq.allocate import bits_at
 from impq_edge.model.players import PlayerKind, players_of
 from impq_edge.model.spec import ModelSpec, read_model
+from impq_edge.spqe import options
 from impq_edge.spqe.estimate import Estimate
-from impq_edge.spqe.options import GameOptions, stability_answer
+from impq_edge.spqe.options import METHODS, GameOptions, Method, stability_answer
 from impq_edge.spqe.stopping import Order
 
 
@@ -24,7 +25,7 @@ def found(*phi: float) -> Estimate:
 
 
 @pytest.mark.parametrize(
-    ("options", "shown"),
+    ("given", "shown"),
     [
         ({"permutations": 0}, ("--permutations 0", "ask for 1 or more")),
         ({"permutations": -3}, ("--permutations -3", "ask for 1 or more")),
@@ -38,11 +39,20 @@ def found(*phi: float) -> Estimate:
         ({"estimator": "guess"}, ("--estimator 'guess'", "permutations, antithetic, stratified")),
         ({"compute": "tpu"}, ("--compute 'tpu'", "cpu, cuda")),
         ({"window_tokens": 1}, ("window of 1 tokens", "give 2 or more")),
+        ({"method": "guess"}, ("--method 'guess'", "rounds, impq")),
+        ({"method": "rounds", "types": (2, 3, 4)}, ("--method rounds chooses between 2 and 4 bit", "--types 2,3,4")),
+        ({"method": "rounds", "until_stable": "order"}, ("--until-stable order is for --method impq", "leave it out")),
+        ({"method": "rounds", "estimator": "antithetic"}, ("--estimator antithetic is for", "leave it out")),
+        ({"method": "rounds", "estimator": "permutations"}, ("--estimator permutations is for", "complement pairs")),
+        ({"method": "rounds", "curve": "2.5,5"}, ("--curve '2.5,5' is no list", "write it like 2.5,3")),
+        ({"method": "rounds", "curve": ""}, ("--curve ''", "write it like 2.5,3")),
+        ({"method": "impq", "curve": "2.5"}, ("--curve 2.5 is for --method rounds", "leave it out")),
+        ({"types": (2, 3, 4), "curve": "2.5"}, ("--curve 2.5 is for --method rounds", "leave it out")),
     ],
 )
-def test_what_means_nothing_is_refused_in_one_sentence(options: dict[str, Any], shown: tuple[str, ...]) -> None:
+def test_what_means_nothing_is_refused_in_one_sentence(given: dict[str, Any], shown: tuple[str, ...]) -> None:
     with pytest.raises(SensitivityError) as caught:
-        GameOptions(**options)
+        GameOptions(**given)
     told = str(caught.value)
     assert all(part in told for part in shown), told
     assert told.endswith(".") and "\n" not in told and ". " not in told
@@ -51,6 +61,22 @@ def test_what_means_nothing_is_refused_in_one_sentence(options: dict[str, Any], 
 def test_the_smallest_values_are_good() -> None:
     made = GameOptions(permutations=1, seed=0, workers=0, time_limit_s=1e-9, tokens=2, window_tokens=2)
     assert (made.permutations, made.time_limit_s) == (1, 1e-9)
+
+
+@pytest.mark.parametrize("default", METHODS)
+def test_the_method_is_the_default_one_unless_another_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, default: Method
+) -> None:
+    monkeypatch.setattr(options, "DEFAULT_METHOD", default)
+    assert GameOptions().is_played_in_rounds == (default == "rounds")
+    assert GameOptions(method="rounds", estimator="stratified").is_played_in_rounds
+    assert not GameOptions(method="impq", until_stable="order", estimator="antithetic").is_played_in_rounds
+    assert not GameOptions(types=(2, 3, 4)).is_played_in_rounds  # a ladder has a program of its own
+
+
+def test_a_curve_is_exact() -> None:
+    assert GameOptions(method="rounds", curve="2.25, 8/3").targets == (Fraction(9, 4), Fraction(8, 3))
+    assert GameOptions(method="rounds").targets is None
 
 
 def test_order_means_the_order_of_the_players(spec: ModelSpec) -> None:

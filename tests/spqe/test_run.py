@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from impq_edge.model.calibration import Windows
 from impq_edge.model.spec import read_model
 from impq_edge.spqe import run
 from impq_edge.spqe.estimate import Estimate
-from impq_edge.spqe.journal import Journal
+from impq_edge.spqe.journal import Journal, to_text
 from impq_edge.spqe.options import GameOptions
 from impq_edge.spqe.profile import Design, SensitivityProfile
 from impq_edge.spqe.run import game_settings
@@ -36,7 +37,9 @@ from impq_edge.spqe.table import Job, Table, set_table
 
 Losses = dict[Coalition, NDArray[np.float64]]
 
-GAME = GameOptions(players="sublayers", permutations=4, tokens=64, window_tokens=32, backend_settings={"encode": "rtn"})
+GAME = GameOptions(
+    method="impq", players="sublayers", permutations=4, tokens=64, window_tokens=32, backend_settings={"encode": "rtn"}
+)
 N_PLAYERS = 6
 
 Play = Callable[..., SensitivityProfile]
@@ -296,6 +299,113 @@ def test_fewer_permutations_or_another_estimator_keep_what_was_measured(
     assert other.phi == SensitivityProfile.load(fresh).phi
 
 
+ROUNDS = {"method": "rounds", "permutations": 6, "curve": "2.5,3"}
+
+
+def test_rounds_end_with_the_evaluations_of_the_permutations(
+    play: Play, undisturbed: Callable[..., Path], tmp_path: Path, evaluated: list[Coalition]
+) -> None:
+    found = play(tmp_path / "p.json", **ROUNDS)
+    assert sorted(evaluated) == sorted(found.losses) and len(set(evaluated)) == len(evaluated)
+    assert len(found.losses) == 6 * (N_PLAYERS - 1) + 2 and found.stopped_by == "evaluations"
+    rounds = found.design.rounds
+    assert rounds is not None and [c.name for budget in rounds.budgets for c in budget] == ["average bits"] * 2
+    assert found.design == Design("stratified", 6, 0, "", rounds)
+    total = found.losses[(2,) * N_PLAYERS] - found.losses[(4,) * N_PLAYERS]
+    assert sum(found.estimate().phi) == pytest.approx(total)
+    assert (tmp_path / "p.json").read_bytes() == undisturbed(**ROUNDS).read_bytes()
+    assert not journal_of(tmp_path / "p.json").exists()
+    evaluated.clear()
+    assert play(tmp_path / "p.json", **ROUNDS) == found and not evaluated
+
+
+@pytest.mark.parametrize(
+    "options", [{"players": "tensors"}, {"players": "blocks", "backend": "quanto", "backend_settings": {}}]
+)
+def test_rounds_of_other_players_and_backends(play: Play, tmp_path: Path, options: dict[str, Any]) -> None:
+    found = play(tmp_path / "p.json", method="rounds", permutations=2, **options)
+    assert found.stopped_by == "evaluations" and len(found.losses) <= max(4, 2 * (found.n_players - 1) + 2)
+    made = stages.allocate(found, device="laptop-16gb", average_bits=3)
+    assert made.evidence is not None and made.average_bits <= 3 and len(made.player_bits) == found.n_players
+    assert stages.allocate(found, device="laptop-16gb", average_bits=3, method="impq").lower_bound is not None
+
+
+def test_rounds_gone_on_with_after_time_limits_end_as_if_undisturbed(
+    play: Play, undisturbed: Callable[..., Path], tmp_path: Path, evaluated: list[Coalition], a_second_each: None
+) -> None:
+    whole, out, stops = undisturbed(**ROUNDS), tmp_path / "p.json", []
+    evaluated.clear()
+    while not out.exists() or SensitivityProfile.load(out).stopped_by == "time":
+        with contextlib.suppress(SensitivityError):  # before the first pair was whole
+            cut = play(out, time_limit_s=3, **ROUNDS)
+            stops.append((len(cut.draws), len(cut.losses)))
+    assert len(stops) >= 4 and stops == sorted(stops) and out.read_bytes() == whole.read_bytes()
+    assert sorted(evaluated) == sorted(SensitivityProfile.load(whole).losses) and not journal_of(out).exists()
+
+
+def test_killed_rounds_go_on_from_their_journal_to_the_same_bytes(
+    play: Play, undisturbed: Callable[..., Path], model: Path, tmp_path: Path, evaluated: list[Coalition]
+) -> None:
+    """Cut the journal of a whole run anywhere, also in the middle of a batch."""
+    whole = undisturbed(**ROUNDS)
+    losses = SensitivityProfile.load(whole).window_losses
+    evaluated.clear()
+    play(tmp_path / "first.json", **ROUNDS)
+    order = list(evaluated)
+    for kept in (1, 9, 15, 22, 31):
+        out = tmp_path / f"{kept}.json"
+        with pytest.raises(SensitivityError):
+            play(out, time_limit_s=1e-9, **ROUNDS)  # which leaves a header and the first losses
+        lines = journal_of(out)
+        journal = Journal(lines, _header(lines))
+        for coalition in order[:kept]:
+            journal.add(to_text(coalition), losses[coalition])
+        evaluated.clear()
+        play(out, **ROUNDS)
+        assert evaluated == order[kept:] and out.read_bytes() == whole.read_bytes()
+
+
+def _header(journal: Path) -> dict[str, Any]:
+    header: dict[str, Any] = json.loads(journal.read_text().splitlines()[0].partition(" ")[2])
+    return {key: value for key, value in header.items() if key != "schema"}
+
+
+def test_rounds_reuse_what_other_designs_measured_and_are_not_led_by_it(
+    play: Play, undisturbed: Callable[..., Path], tmp_path: Path, evaluated: list[Coalition]
+) -> None:
+    out = tmp_path / "p.json"
+    before = play(out, permutations=4)
+    evaluated.clear()
+    found, fresh = play(out, **ROUNDS), SensitivityProfile.load(undisturbed(**ROUNDS))
+    assert sorted(evaluated) == sorted(set(fresh.losses) - set(before.losses))
+    assert set(found.losses) == set(fresh.losses) | set(before.losses) and found.phi == fresh.phi
+    other = play(out, **{**ROUNDS, "curve": "2.25"})
+    assert set(other.losses) >= set(found.losses)
+    again = play(out, permutations=4)
+    assert again.phi == before.phi and again.stopped_by == "permutations" and again.design == before.design
+
+
+def test_in_build_rounds_are_played_at_the_devices_own_budgets(play: Play, model: Path, tmp_path: Path) -> None:
+    def played(out: str, **limits: Any) -> SensitivityProfile:
+        request = stages.allocation_request(
+            "laptop-16gb", context_tokens=256, kv_type=None, outer_type="q6_k",
+            **{"budget_bytes": None, "average_bits": None, **limits},
+        )  # fmt: skip
+        game = dataclasses.replace(GAME, method="rounds", permutations=6)
+        return stages.profile(str(model), out=tmp_path / out, game=game, request=request)
+
+    found = played("one.json", average_bits=3)
+    assert found.design.rounds is not None
+    ((constraint,),) = found.design.rounds.budgets  # the laptop's memory holds everything, and is left out
+    assert constraint.name == "average bits" and len(found.losses) == 32
+    made = stages.allocate(found, device="laptop-16gb", average_bits=3)
+    assert made.evidence is not None and made.evidence.is_measured
+    everything_fits = played("two.json")
+    assert everything_fits.design.rounds is not None and everything_fits.design.rounds.budgets == ()
+    assert len(everything_fits.losses) == round(0.4 * 32) and everything_fits.stopped_by == "evaluations"
+    assert stages.allocate(everything_fits, device="laptop-16gb").everything_fits
+
+
 @pytest.fixture(scope="module")
 def begun(play: Play, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The journal of a run that had only just begun."""
@@ -388,7 +498,7 @@ RUNS = """
     from impq_edge.spqe.table import Table
 
     losses = Table.losses
-    game = GameOptions(players="tensors", permutations=3, tokens=64, window_tokens=32)
+    game = GameOptions(method="impq", players="tensors", permutations=3, tokens=64, window_tokens=32)
     for line in sys.stdin:  # every run is a process of its own, with everything imported already
         model, out, log = line.split()
 
