@@ -76,8 +76,7 @@ class Proposals:
         self._room, self._seen = room, seen
         points = as_matrix(list(seen))
         self._increases = np.array(list(seen.values())) - seen[uniform(4, points.shape[1])]
-        with np.errstate(divide="ignore"):  # a budget that 4 bit costs nothing is the tightest there can be
-            tightest = room.tightest
+        tightest = room.tightest
         self._model = Surrogate(points, self._increases, room.costs[tightest], float(room.budgets[tightest]))
         self._means = self._model.predict(points)[0]
 

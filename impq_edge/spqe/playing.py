@@ -91,8 +91,7 @@ def play_rounds(
     left = evaluations - len(seen)
     ask(_missing_starts(seen, pairs, rounds, rooms)[: max(0, left)])
     if max(seen.values()) > seen[uniform(4, n_players)]:  # else 2 bit harms nothing, and there is no game to model
-        with np.errstate(divide="ignore"):  # a budget that 4 bit costs nothing is the tightest there can be
-            search_rounds(ask, seen, rooms, evaluations, rounds.batch)
+        search_rounds(ask, seen, rooms, evaluations, rounds.batch)
 
 
 def fitting(seen: Mapping[Coalition, float], room: Room) -> list[Coalition]:

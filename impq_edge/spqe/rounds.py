@@ -49,7 +49,9 @@ class Room:
     @property
     def tightest(self) -> int:
         """The constraint of which the least can be afforded: the one that allocations lie on."""
-        return int(np.argmin(self.budgets / np.maximum(self.costs, 0).sum(axis=1)))
+        whole = np.maximum(self.costs, 0).sum(axis=1)
+        share = np.divide(self.budgets, whole, out=np.full(len(whole), -np.inf), where=whole > 0)
+        return int(np.argmin(share))
 
 
 def design(n_players: int, evaluations: int, share: float, seed: int) -> tuple[list[Coalition], list[Draw]]:

@@ -75,7 +75,7 @@ class Surrogate:
     increases
         (n,), loss over all at 4 bit, nats per token; those not above 0 count as a thousandth of the largest.
     cost
-        (N,), of a player at 4 bit, positive.
+        (N,), of a player at 4 bit; below 0 where 4 bit takes less than 2, as time may.
     budget
         Of Σ cost over the players at 4 bit.
     prior
@@ -83,13 +83,13 @@ class Surrogate:
     """
 
     def __init__(self, lowest: Array, increases: Array, cost: Array, budget: float, prior: Prior | None = None) -> None:
-        share = cost / cost.sum()
-        away = np.abs((1 - lowest) @ share - budget / cost.sum())
+        scale = float(np.abs(cost).sum()) or 1.0
+        away = np.abs((1 - lowest) @ cost - budget) / scale
         chosen = np.sort(np.argsort(away, kind="stable")[:NEAREST])
         self._points, away = lowest[chosen], away[chosen]
         top = float(increases.max())
         self._increases = np.maximum(increases[chosen], 1e-3 * top)
-        self._centre = 1 - budget / cost.sum()
+        self._centre = 1 - float(np.clip(budget / scale, 0, 1))
         self._blur = np.exp(np.minimum(away / _FAR, 6.0))
         self._fitted = self._most_likely(top, prior or Prior())
 

@@ -15,7 +15,8 @@ from impq_edge.impq.problem import Constraint, Problem, published_objective
 from impq_edge.impq.solve import solve
 from impq_edge.spqe.complements import interactions
 from impq_edge.spqe.estimate import Estimate, complement_pairs, estimate
-from impq_edge.spqe.rounds import Room, best_measured, neighbours, search_rounds
+from impq_edge.spqe.playing import SHARE
+from impq_edge.spqe.rounds import Room, best_measured, design, neighbours, search_rounds
 from impq_edge.spqe.sampling import Coalition, coalitions_of, draws, draws_for, evaluation_order
 from impq_edge.spqe.surrogate import Prior
 from impq_edge.study.lab import Asked
@@ -24,9 +25,6 @@ Array = NDArray[np.float64]
 
 PERMUTATIONS = 100
 """M of the paper."""
-
-DESIGNED = 0.4
-"""Share of the evaluations that rounds begin with; the rest is spent near the budgets."""
 
 _SOLVE_S = 1.0  # for one program; where interactions are strong, a proof takes minutes
 _SEARCH_STARTS = 100
@@ -175,12 +173,9 @@ def evolution(asked: Asked, setting: Setting, start: Sequence[Answers] = ()) -> 
 
 
 def rounds(asked: Asked, setting: Setting, share_of_evaluations: float = 1.0, prior: Prior | None = None) -> Answers:
-    """Anchors and complement pairs with :data:`DESIGNED` of the evaluations, rounds on the curve with the rest."""
+    """Play the design and the rounds of :mod:`impq_edge.spqe.playing`."""
     evaluations = round(share_of_evaluations * setting.evaluations)
-    asked.anchors()
-    singles(asked)
-    leave_one_out(asked)
-    _stratified(asked, max(0, round(DESIGNED * evaluations) - asked.evaluations), setting.seed)
+    asked(design(asked.n_players, max(2, evaluations), SHARE, setting.seed)[0])
     search_rounds(asked, asked.seen, setting.rooms, evaluations, prior=prior)
     return [best_measured(asked.seen, room) for room in setting.rooms]
 
