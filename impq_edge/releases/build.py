@@ -9,9 +9,8 @@ from collections import Counter
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
-from typing import ClassVar
 
-from impq_edge.backends import Backend, load_backend, load_recorded
+from impq_edge.backends import load_backend, load_recorded
 from impq_edge.backends.kquant import KQuant
 from impq_edge.conversion.artifact import Artifact
 from impq_edge.conversion.encoder import EncodeOptions
@@ -27,17 +26,15 @@ from impq_edge.model.calibration import DEFAULT_WINDOW_TOKENS
 from impq_edge.model.players import players_of
 from impq_edge.model.source import DEMO, find
 from impq_edge.model.spec import ModelSpec
-from impq_edge.records import Record, atomic_path, read_text
+from impq_edge.records import atomic_path, read_text
+from impq_edge.releases.lent import BackendLosses, measure_lent
 from impq_edge.releases.preview import Preview, preview
-from impq_edge.releases.report import Comparison, render
-from impq_edge.spqe.journal import to_text
+from impq_edge.releases.report import Comparison, backend_name, render
 from impq_edge.spqe.ladder import LadderProfile
 from impq_edge.spqe.options import GameOptions
 from impq_edge.spqe.playing import evaluations_for
 from impq_edge.spqe.profile import SensitivityProfile
-from impq_edge.spqe.run import COMPUTE_DTYPES, measure_coalitions
-from impq_edge.spqe.sampling import Coalition, uniform
-from impq_edge.spqe.table import Job, Progress
+from impq_edge.spqe.table import Progress
 from impq_edge.stages import (
     allocate,
     allocation_request,
@@ -73,19 +70,6 @@ class Build:
     validation: ValidationReport
     uniform: dict[int, tuple[Artifact, ValidationReport]]  # bits of all blocks → the file and its measures
     plan: MemoryPlan
-
-
-@dataclasses.dataclass(frozen=True)
-class BackendLosses(Record):
-    """Calibration losses of the chosen allocation on the profile's backend and on the K-quants that ship."""
-
-    SCHEMA: ClassVar[str] = "impq-edge.backend-losses/1"
-
-    allocation_sha256: str
-    profile_sha256: str
-    coalitions: tuple[str, ...]  # the mix, all at 4 bit, all at 2 bit
-    backend: tuple[float, ...]  # nats per token
-    kquant: tuple[float, ...]  # nats per token
 
 
 def build(
@@ -199,7 +183,11 @@ def build(
         else finish(f"uniform-{bits}bit.gguf", bits)
         for bits in (4, 2)
     }
-    losses = _backend_losses(directory, found, allocation, encoding, out, progress)
+    losses = None
+    if isinstance(found, SensitivityProfile) and not _is_what_ships(found, encoding):
+        losses = measure_lent(directory, found, allocation, encoding, out / "backend-losses.json", progress)
+        if losses.matters:
+            say(losses.warning(backend_name(found)))
     plan = memory_plan(
         spec, allocation.tensor_types, artifact.file_bytes, target,
         context_tokens=allocation.context_tokens, kv_type=allocation.kv_type,
@@ -371,44 +359,6 @@ def _is_what_ships(found: SensitivityProfile | LadderProfile, encoding: EncodeOp
     return recorded.get("name") == "kquant" and load_recorded(recorded) == KQuant(encoding.encoder)
 
 
-def _backend_losses(
-    directory: Path,
-    found: SensitivityProfile | LadderProfile,
-    allocation: Allocation,
-    encoding: EncodeOptions,
-    out: Path,
-    progress: Progress,
-) -> BackendLosses | None:
-    """Compare the profile's backend with the K-quants that ship; None where they are the same, or for a ladder."""
-    if isinstance(found, LadderProfile) or _is_what_ships(found, encoding):
-        return None
-    path = out / "backend-losses.json"
-    if path.exists():
-        kept = BackendLosses.load(path)
-        if (kept.allocation_sha256, kept.profile_sha256) == (allocation.identity(), found.identity()):
-            return kept
-    compute = require_compute(encoding.compute)
-    settings = dataclasses.replace(found.settings, device=compute, dtype=COMPUTE_DTYPES[compute])
-    mix: Coalition = tuple(4 if bits == 4 else 2 for bits in allocation.player_bits)
-    coalitions = [mix, uniform(4, len(mix)), uniform(2, len(mix))]
-    longest = max(found.settings.tokens, encoding.calibration_tokens)
-    text = calibration_windows(directory, encoding.calibration, longest, found.settings.window_tokens)
-    windows, seen = text.first(found.settings.tokens), text.first(encoding.calibration_tokens)
-
-    def measured(backend: Backend) -> list[float]:
-        return measure_coalitions(Job(directory, found.model, backend, windows, settings, seen), coalitions, progress)
-
-    losses = BackendLosses(
-        allocation.identity(),
-        found.identity(),
-        tuple(map(to_text, coalitions)),
-        tuple(measured(load_recorded(found.settings.backend))),
-        tuple(measured(KQuant(encoding.encoder))),
-    )
-    losses.save(path)
-    return losses
-
-
 def _comparison(made: Build, losses: BackendLosses | None) -> Comparison:
     return Comparison(
         device=made.device,
@@ -417,5 +367,5 @@ def _comparison(made: Build, losses: BackendLosses | None) -> Comparison:
         mix=(made.artifact, made.validation),
         uniform=made.uniform,
         plan=made.plan,
-        backend_losses=None if losses is None else (losses.backend, losses.kquant),
+        backend_losses=losses,
     )

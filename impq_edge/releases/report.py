@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -10,6 +9,7 @@ from impq_edge.conversion.artifact import Artifact
 from impq_edge.devices.memory import MemoryPlan
 from impq_edge.devices.profile import DeviceProfile
 from impq_edge.impq.allocation import Allocation
+from impq_edge.releases.lent import BackendLosses
 from impq_edge.spqe.ladder import LadderProfile
 from impq_edge.spqe.profile import SensitivityProfile
 from impq_edge.validation.report import ValidationReport
@@ -31,7 +31,7 @@ class Comparison:
     mix: Measured
     uniform: dict[int, Measured]
     plan: MemoryPlan
-    backend_losses: tuple[Sequence[float], Sequence[float]] | None  # of the mix, all-4, all-2: backend, K-quants
+    backend_losses: BackendLosses | None  # where the profile's backend is not what ships
 
 
 def render(c: Comparison, command: str) -> str:
@@ -199,11 +199,17 @@ def _checks(report: ValidationReport) -> str:
     return "\n".join(lines)
 
 
+def backend_name(profile: SensitivityProfile | LadderProfile) -> str:
+    """Return the name of a profile's backend, with its encoder where it has several."""
+    recorded = profile.settings.backend
+    return " ".join(str(recorded[key]) for key in ("name", "encode") if key in recorded)
+
+
 def _backends(c: Comparison) -> str:
-    if c.backend_losses is None:
+    losses = c.backend_losses
+    if losses is None:
         return ""
-    recorded = c.profile.settings.backend
-    name = " ".join(str(recorded[key]) for key in ("name", "encode") if key in recorded)
+    name = backend_name(c.profile)
     lines = [
         f"## {name} against the K-quants that ship",
         "",
@@ -213,8 +219,17 @@ def _backends(c: Comparison) -> str:
         f"| blocks | {name}, nats/token | K-quants, nats/token |",
         "|---|---:|---:|",
     ]
-    for row, ours, shipped in zip(("this mix", "all at 4 bit", "all at 2 bit"), *c.backend_losses, strict=True):
+    rows = ("this mix", "all at 4 bit", "all at 2 bit", "K-quants' own choice")
+    for row, ours, shipped in zip(rows, losses.backend, losses.kquant, strict=True):
         lines.append(f"| {row} | {ours:.4f} | {shipped:.4f} |")
+    verdict = (
+        losses.warning(name)
+        if losses.matters
+        else f"Being allocated by {name} costs the file {losses.lost:+.4f} ± {losses.lost_stderr:.4f} nats/token, "
+        "which is no clear loss."
+    )
+    order = "" if losses.rank_correlation is None else f" φ and these rank as {losses.rank_correlation:.2f} (Spearman)."
+    lines += ["", f"K-quants' own choice is that of every player measured alone at 2 bit.{order} {verdict}"]
     return "\n".join(lines)
 
 

@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 from impq_edge.impq.allocate import bits_within
 from impq_edge.impq.allocation import PUBLISHED_TYPES, Evidence
 from impq_edge.impq.problem import Choice
-from impq_edge.spqe.playing import Budget, as_coalition, as_matrix, binding, fitting, holds_all_4
+from impq_edge.spqe.playing import Budget, as_coalition, binding, fitting, holds_all_4
 from impq_edge.spqe.profile import SensitivityProfile
-from impq_edge.spqe.rounds import Room, neighbours
+from impq_edge.spqe.rounds import Room, as_matrix, from_row, neighbours
 from impq_edge.spqe.sampling import Coalition, uniform
 from impq_edge.spqe.surrogate import Surrogate
 
@@ -78,7 +78,7 @@ class Proposals:
         self._increases = np.array(list(seen.values())) - seen[uniform(4, points.shape[1])]
         tightest = room.tightest
         self._model = Surrogate(points, self._increases, room.costs[tightest], float(room.budgets[tightest]))
-        self._means = self._model.predict(points)[0]
+        self._means = self._model.mean(points)
 
     def best(self, measured: Sequence[Coalition], published: Coalition) -> Coalition:
         """Return the best of the ``measured`` ones that fit, the best first, or something better.
@@ -86,7 +86,7 @@ class Proposals:
         A measured one is as good as another that is predicted to be equal: it has been seen.
         """
         starts = [*measured[:_STARTS], published]
-        ends = [as_coalition(np.where(end, 2, 4).tolist()) for end in self._descents(as_matrix(starts))]
+        ends = [from_row(end) for end in self._descents(as_matrix(starts))]
         candidates = [*measured[:1], *(end for end in dict.fromkeys(ends) if end not in self._seen)]
         return candidates[int(np.argmin(self._mean(as_matrix(candidates))))]
 
@@ -111,4 +111,4 @@ class Proposals:
             yield here
 
     def _mean(self, points: Array) -> Array:
-        return self._model.predict(points)[0]
+        return self._model.mean(points)

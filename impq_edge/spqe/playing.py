@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import ClassVar
 
-import numpy as np
 import pydantic
-from numpy.typing import NDArray
 
 from impq_edge.impq.allocate import average_bits_constraint, bits_within
 from impq_edge.impq.allocation import PUBLISHED_TYPES
@@ -16,7 +14,7 @@ from impq_edge.impq.problem import Constraint
 from impq_edge.model.players import Player
 from impq_edge.records import STRICT
 from impq_edge.spqe.estimate import estimate
-from impq_edge.spqe.rounds import BATCH, Ask, Room, search_rounds
+from impq_edge.spqe.rounds import BATCH, Ask, Room, as_matrix, search_rounds
 from impq_edge.spqe.sampling import Coalition, Draw, uniform
 
 SHARE = 0.4
@@ -119,11 +117,6 @@ def _missing_starts(
         if not fitting(seen, room)
     ]
     return list(dict.fromkeys(starts))
-
-
-def as_matrix(coalitions: Sequence[Coalition]) -> NDArray[np.float64]:
-    """Return coalitions as a model of the game takes them, (n, N): 1.0 where a player is at 2 bit."""
-    return np.asarray(np.array(coalitions) == 2, dtype=np.float64)
 
 
 def as_coalition(bits: Sequence[int]) -> Coalition:

@@ -54,6 +54,24 @@ class Room:
         return int(np.argmin(share))
 
 
+def _hoped(surrogate: Surrogate, lowest: Array, hope: float) -> Array:
+    """Return the mean less so many standard deviations, (m,)."""
+    if not hope:
+        return surrogate.mean(lowest)
+    mean, deviation = surrogate.predict(lowest)
+    return mean - hope * deviation
+
+
+def as_matrix(coalitions: Sequence[Coalition]) -> Array:
+    """Return coalitions as a model of the game takes them, (n, N): 1.0 where a player is at 2 bit."""
+    return np.asarray(np.array(coalitions) == 2, dtype=np.float64)
+
+
+def from_row(lowest: Array) -> Coalition:
+    """Return a row of such a matrix, (N,), as a coalition."""
+    return tuple(2 if low else 4 for low in lowest)
+
+
 def design(n_players: int, evaluations: int, share: float, seed: int) -> tuple[list[Coalition], list[Draw]]:
     """Choose what is evaluated before the rounds: anchors, then complement pairs of every size.
 
@@ -143,7 +161,7 @@ def search_rounds(
 
 def best_measured(seen: Mapping[Coalition, float], room: Room) -> Coalition:
     """Return the coalition of least loss, of those measured, that keeps the budgets."""
-    lowest = _matrix(list(seen))
+    lowest = as_matrix(list(seen))
     fitting = [c for c, fits in zip(seen, room.fits(lowest), strict=True) if fits]
     return min(fitting, key=lambda c: (seen[c], c))
 
@@ -154,7 +172,7 @@ def _proposals(
     if count <= 0:
         return
     coalitions = list(seen)
-    lowest, values = _matrix(coalitions), np.array([seen[c] for c in coalitions])
+    lowest, values = as_matrix(coalitions), np.array([seen[c] for c in coalitions])
     base = seen[uniform(4, lowest.shape[1])]
     tightest = room.tightest
     surrogate = Surrogate(lowest, values - base, room.costs[tightest], float(room.budgets[tightest]), prior)
@@ -164,7 +182,7 @@ def _proposals(
     pool = [c for c in _promising(surrogate, starts, room) if c not in taken]
     if not pool:
         return
-    mean, deviation = surrogate.predict(_matrix(pool))
+    mean, deviation = surrogate.predict(as_matrix(pool))
     for index in range(min(count, len(pool))):
         scores = mean - _HOPES[index % len(_HOPES)] * deviation
         best = int(np.argmin(scores))
@@ -182,19 +200,10 @@ def _promising(surrogate: Surrogate, starts: Array, room: Room) -> list[Coalitio
                 around = neighbours(here, room)
                 if not len(around):
                     break
-                mean, deviation = surrogate.predict(around)
-                scores = mean - hope * deviation
+                scores = _hoped(surrogate, around, hope)
                 order = np.argsort(scores, kind="stable")
-                met.update(dict.fromkeys(_coalition(around[row]) for row in order[:_KEPT]))
+                met.update(dict.fromkeys(from_row(around[row]) for row in order[:_KEPT]))
                 if scores[order[0]] >= score:
                     break
                 here, score = around[order[0]], float(scores[order[0]])
     return list(met)
-
-
-def _matrix(coalitions: Sequence[Coalition]) -> Array:
-    return np.asarray(np.array(coalitions) == 2, dtype=np.float64)
-
-
-def _coalition(lowest: Array) -> Coalition:
-    return tuple(2 if low else 4 for low in lowest)

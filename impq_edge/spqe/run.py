@@ -137,12 +137,6 @@ def estimate_sensitivity(
     return Measured(profile, evaluations, share, streamed, in_profile)
 
 
-def measure_coalitions(job: Job, coalitions: Sequence[Coalition], progress: Progress = lambda *_: None) -> list[float]:
-    """Return the mean loss of each coalition in nats per token, on any backend and without a journal."""
-    table = set_table(job, progress)
-    return [float(table.losses(coalition).mean()) for coalition in coalitions]
-
-
 @contextlib.contextmanager
 def _table(
     job: Job, workers: Workers, before: SensitivityProfile | None, progress: Progress

@@ -107,10 +107,15 @@ class Surrogate:
         """Return mean and standard deviation of the link of the increase, both (m,), standardised; lower is better."""
         fitted = self._fitted
         cross = self._kernel(lowest, fitted.shares)
-        mean = cross @ fitted.weights
+        mean: Array = cross @ fitted.weights
         solved = linalg.solve_triangular(fitted.factor, cross.T, lower=True, check_finite=False)
         prior = self._diagonal(lowest, fitted.shares)
         return mean, np.sqrt(np.maximum(prior - (solved**2).sum(axis=0), 1e-12))
+
+    def mean(self, lowest: Array) -> Array:
+        """Return the mean alone, which is many times faster."""
+        mean: Array = self._kernel(lowest, self._fitted.shares) @ self._fitted.weights
+        return mean
 
     def _most_likely(self, top: float, prior: Prior) -> "_Fitted":
         """Choose the link, then how far to shrink, then the link again."""

@@ -25,7 +25,7 @@ from impq_edge.model.players import players_of
 from impq_edge.model.recipe import TensorTypes, tensor_types
 from impq_edge.model.spec import ModelSpec, TensorSpec
 from impq_edge.records import Record
-from impq_edge.releases.build import BackendLosses
+from impq_edge.releases.lent import BackendLosses
 from impq_edge.spqe.choice import choose
 from impq_edge.spqe.ladder import LadderProfile, Rung
 from impq_edge.spqe.playing import Rounds
@@ -365,7 +365,9 @@ def _inspection() -> Inspection:
 
 
 def _losses() -> BackendLosses:
-    return BackendLosses("0" * 64, "0" * 64, ("24", "44", "22"), (1.0, 0.9, 1.2), (1.1, 0.9, 1.3))
+    return BackendLosses(
+        "0" * 64, "0" * 64, ("24", "44", "22", "42"), (1.0, 0.9, 1.2, 1.1), (1.1, 0.9, 1.3, 1.0), 0.1, 0.02, 0.5
+    )
 
 
 def _played() -> SensitivityProfile:

@@ -27,7 +27,7 @@ from impq_edge.impq.problem import Constraint
 from impq_edge.model.calibration import read_windows
 from impq_edge.model.spec import ModelSpec, read_model
 from impq_edge.records import Record
-from impq_edge.releases.build import BackendLosses
+from impq_edge.releases.lent import BackendLosses
 from impq_edge.spqe.choice import choose
 from impq_edge.spqe.journal import Journal
 from impq_edge.spqe.ladder import LadderProfile

@@ -14,12 +14,16 @@ from checkpoints import make_checkpoint
 import impq_edge
 from impq_edge import stages
 from impq_edge.conversion.artifact import Artifact
+from impq_edge.conversion.encoder import EncodeOptions
 from impq_edge.errors import AllocationError, BackendError, ModelError, RecordError, SensitivityError, ValidationError
+from impq_edge.impq.allocate import allocate_blocks
 from impq_edge.impq.allocation import Allocation
 from impq_edge.releases.build import Build, summary
+from impq_edge.releases.lent import BackendLosses, measure_lent
 from impq_edge.spqe.ladder import LadderProfile
 from impq_edge.spqe.options import GameOptions
 from impq_edge.spqe.profile import SensitivityProfile
+from impq_edge.stages import allocation_request
 from impq_edge.validation.inspection import inspect
 from impq_edge.validation.report import ValidationReport
 
@@ -192,7 +196,7 @@ def test_everything_fits(checkpoints: dict[str, Path], built: tuple[Build, list[
 
 
 def test_another_backend_shows_what_the_k_quants_lose(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    made, _ = quick_build(
+    made, told = quick_build(
         checkpoints["llama"], tmp_path, game=dataclasses.replace(GAME, backend="hqq", backend_settings={})
     )
     report = (tmp_path / "report.md").read_text()
@@ -203,6 +207,42 @@ def test_another_backend_shows_what_the_k_quants_lose(checkpoints: dict[str, Pat
     assert measured["all at 4 bit"] == pytest.approx(made.profile.losses[(4, 4, 4)], abs=1e-4)
     assert measured["all at 2 bit"] == pytest.approx(made.profile.losses[(2, 2, 2)], abs=1e-4)
     assert any(ours != kquant for _, ours, kquant in rows)
+    losses = BackendLosses.load(tmp_path / "backend-losses.json")
+    assert losses.coalitions[:3] == ("".join(map(str, made.allocation.player_bits)), "444", "222")
+    assert f"| K-quants' own choice | {losses.backend[3]:.4f} | {losses.kquant[3]:.4f} |" in section
+    assert losses.lost == pytest.approx(losses.kquant[0] - losses.kquant[3], abs=1e-9)
+    assert any("play the game with --backend kquant" in sentence for sentence in told) == losses.matters
+
+
+def test_an_allocation_that_k_quants_would_not_have_made_is_told_of(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    made, _ = quick_build(checkpoints["llama"], tmp_path / "one")
+    spec, found = made.profile.model, made.profile
+    request = allocation_request(
+        "raspberry-pi-5", context_tokens=512, kv_type=None, budget_bytes=None, average_bits=3.4, alpha=1.0,
+        outer_type="q6_k",
+    )  # fmt: skip
+    losses = {}
+    for sign in (1, -1):  # what matters most at 4 bit, and what matters least
+        wanted = allocate_blocks(
+            spec, found.header_bytes, sign * np.array(found.phi) + (sign < 0), np.zeros((3, 3)), "", request
+        )
+        lent = measure_lent(
+            checkpoints["llama"], found, wanted, EncodeOptions("rtn"), tmp_path / f"{sign}.json", lambda *_: None
+        )
+        losses[sign] = lent
+        assert lent == measure_lent(
+            checkpoints["llama"], found, wanted, EncodeOptions("rtn"), tmp_path / f"{sign}.json", lambda *_: None
+        ), "and is not measured twice"
+        kquant = dict(zip(lent.coalitions, lent.kquant, strict=True))
+        alone = {c: found.losses[tuple(map(int, c))] for c in kquant if tuple(map(int, c)) in found.losses}
+        for coalition, loss in alone.items():
+            assert kquant[coalition] == pytest.approx(loss, abs=1e-5), "the profile's own backend is what ships"
+    assert losses[-1].lost > losses[1].lost
+    assert dataclasses.replace(losses[1], lost=0.1, lost_stderr=0.04).matters
+    assert not dataclasses.replace(losses[1], lost=0.1, lost_stderr=0.06).matters
+    assert "0.1000 ± 0.0400" in dataclasses.replace(losses[1], lost=0.1, lost_stderr=0.04).warning("hqq")
 
 
 def test_the_report_of_finer_players_lists_them_all(checkpoints: dict[str, Path], tmp_path: Path) -> None:
