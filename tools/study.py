@@ -1,6 +1,7 @@
-"""Play the cells of the study on this machine, several processes beside one another.
+r"""Play the cells of the study on this machine, several processes beside one another.
 
-    python tools/study.py CELLS --models NAME=DIRECTORY … --backends hqq quanto --texts books=FILE wikitext=FILE
+    python tools/study.py CELLS --models NAME=DIRECTORY --backends hqq,quanto --texts books=FILE --texts wiki=FILE \
+        --held-out books=OTHER --held-out wiki=FILE
 
 CELLS gets one JSON per cell (`impq_edge/study/cell.py`), and journals from which a killed run goes on. Calibration
 text: the first half of each file, a stretch of its own for every seed; held out are `--held-out NAME=FILE`, and of a
@@ -16,6 +17,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from impq_edge.backends import NAMES as BACKENDS
+from impq_edge.errors import ImpqError
 
 
 def main(
@@ -39,6 +43,16 @@ def main(
     skip: Annotated[str, typer.Option(help="Methods not to play, comma-separated.")] = "",
 ) -> None:
     """Play what is missing."""
+    for option, values in (("--models", models), ("--texts", texts), ("--held-out", held_out)):
+        for value in values:
+            name, separator, path = value.partition("=")
+            if not (name and separator and Path(path).exists()):
+                raise SystemExit(
+                    f"{option} {value} is not NAME=PATH of something that exists; write it like books=a.txt."
+                )
+    unknown = [name for name in backends.split(",") if name not in BACKENDS]
+    if unknown:
+        raise SystemExit(f"--backends {unknown[0]} is unknown; choose among {', '.join(BACKENDS)}.")
     cells.mkdir(parents=True, exist_ok=True)
     wanted = [
         {"model": model, "backend": backend, "players": kind, "text": text, "seed": int(seed)}
@@ -90,7 +104,9 @@ def work(queue: Any, common: dict[str, Any], deadline: float, index: int) -> Non
             return
         try:
             play(cell, common)
-        except Exception:  # one cell must not end the others
+        except ImpqError as error:  # one cell must not end the others
+            print(f"{cell}: {error}", file=sys.stderr, flush=True)
+        except Exception:
             print(f"{cell}:", traceback.format_exc(), file=sys.stderr, flush=True)
 
 
