@@ -16,8 +16,8 @@ from impq_edge.impq.allocate import bits_within
 from impq_edge.impq.problem import Constraint
 from impq_edge.spqe.choice import Proposals
 from impq_edge.spqe.estimate import Estimate, estimate
-from impq_edge.spqe.playing import CURVE, Budget, Rounds, as_coalition, evaluations_for, fitting, play_rounds
-from impq_edge.spqe.rounds import Room, design
+from impq_edge.spqe.playing import CURVE, Budget, Rounds, as_coalition, evaluations_for, play_rounds
+from impq_edge.spqe.rounds import Room, design, fitting
 from impq_edge.spqe.sampling import Coalition, draws, evaluation_order, uniform
 
 PLAYERS = 24

@@ -20,6 +20,7 @@ import typer
 
 from impq_edge.backends import NAMES as BACKENDS
 from impq_edge.errors import ImpqError
+from impq_edge.study.cells import cell_name, path_of
 
 
 def main(
@@ -70,7 +71,7 @@ def main(
     context = multiprocessing.get_context("spawn")
     queue: Any = context.Queue()
     for cell in wanted:
-        if not cell_path(cells, cell).exists():
+        if not path_of(cells, name_of(cell)).exists():
             queue.put(cell)
     deadline = time.time() + 60 * minutes
     workers = [context.Process(target=work, args=(queue, common, deadline, index)) for index in range(jobs)]
@@ -78,15 +79,15 @@ def main(
         worker.start()
     for worker in workers:
         worker.join()
-    missing = [cell_path(cells, cell).name for cell in wanted if not cell_path(cells, cell).exists()]
+    missing = [name_of(cell) for cell in wanted if not path_of(cells, name_of(cell)).exists()]
     print(f"{len(wanted) - len(missing)} of {len(wanted)} cells are there.", file=sys.stderr)
     raise typer.Exit(1 if missing else 0)
 
 
-def cell_path(folder: Path, cell: dict[str, Any]) -> Path:
-    """Return where a cell's result lies."""
-    names = [cell["model"].partition("=")[0], cell["backend"], cell["players"], cell["text"].partition("=")[0]]
-    return folder / f"{'-'.join(names)}-{cell['seed']}.json.bz2"
+def name_of(cell: dict[str, Any]) -> str:
+    """Return the name of a cell that was asked for."""
+    model, text = (cell[key].partition("=")[0] for key in ("model", "text"))
+    return cell_name(model, cell["backend"], cell["players"], text, cell["seed"])
 
 
 def work(queue: Any, common: dict[str, Any], deadline: float, index: int) -> None:
@@ -120,8 +121,7 @@ def play(cell: dict[str, Any], common: dict[str, Any]) -> None:
     from impq_edge.study.texts import calibration_stretch, exam_stretch
 
     folder = Path(common["cells"])
-    path = cell_path(folder, cell)
-    stem = path.name.removesuffix(".json.bz2")
+    stem = name_of(cell)
     name, _, directory = cell["model"].partition("=")
     opened, spec = open_model(directory)
     backend = load_backend(cell["backend"])
@@ -148,7 +148,7 @@ def play(cell: dict[str, Any], common: dict[str, Any]) -> None:
         if not total or done == total:
             print(f"{time.strftime('%H:%M:%S')} {stem} {phase} {done}", file=sys.stderr, flush=True)
 
-    run_cell(plan, job, held_out, folder / "journals" / f"{stem}.journal", progress).save(path)
+    run_cell(plan, job, held_out, folder / "journals" / f"{stem}.journal", progress).save(path_of(folder, stem))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
 """What an allocation costs that was chosen on one backend's losses and ships as K-quants."""
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from impq_edge.backends import Backend, load_recorded
 from impq_edge.backends.kquant import KQuant
@@ -18,7 +16,7 @@ from impq_edge.spqe.journal import to_text
 from impq_edge.spqe.playing import as_coalition
 from impq_edge.spqe.profile import SensitivityProfile
 from impq_edge.spqe.run import COMPUTE_DTYPES
-from impq_edge.spqe.sampling import Coalition, uniform
+from impq_edge.spqe.sampling import alone, uniform
 from impq_edge.spqe.table import Job, Progress, Table, set_table
 from impq_edge.stages import calibration_windows, require_compute
 from impq_edge.study.transfer import spearman
@@ -86,11 +84,14 @@ def measure_lent(
         return set_table(Job(directory, found.model, backend, windows, settings, seen), progress)
 
     mix = as_coalition(allocation.player_bits)
-    extremes = [mix, uniform(4, len(mix)), uniform(2, len(mix))]
+    n_players = len(mix)
+    extremes = [mix, uniform(4, n_players), uniform(2, n_players)]
     shipped = table(KQuant(encoding.encoder))
-    alone = _alone(shipped, len(mix))
-    own = as_coalition(bits_within(allocation.problem.constraints, alone, np.zeros((len(mix),) * 2)))
-    on_kquants = [shipped.losses(coalition) for coalition in [*extremes, own]]
+    on_kquants = [shipped.losses(coalition) for coalition in extremes]
+    base = on_kquants[1].mean()
+    singles = np.array([shipped.losses(coalition).mean() - base for coalition in alone(2, n_players)])
+    own = as_coalition(bits_within(allocation.problem.constraints, singles, np.zeros((n_players, n_players))))
+    on_kquants.append(shipped.losses(own))
     del shipped  # two models at once are not held
     other = table(load_recorded(found.settings.backend))
     differences = on_kquants[0] - on_kquants[-1]
@@ -103,16 +104,7 @@ def measure_lent(
         tuple(float(losses.mean()) for losses in on_kquants),
         float(differences.mean()),
         float(differences.std(ddof=1) / np.sqrt(count)) if count > 1 else 0.0,
-        spearman(found.phi, alone.tolist()),
+        spearman(found.phi, singles.tolist()),
     )
     made.save(path)
     return made
-
-
-def _alone(table: Table, n_players: int) -> NDArray[np.float64]:
-    """Return the loss increase of each player alone at 2 bit, (N,), nats per token."""
-    base = float(table.losses(uniform(4, n_players)).mean())
-    coalitions: Sequence[Coalition] = [
-        tuple(2 if player == one else 4 for player in range(n_players)) for one in range(n_players)
-    ]
-    return np.array([float(table.losses(coalition).mean()) - base for coalition in coalitions])

@@ -8,11 +8,10 @@ from numpy.typing import NDArray
 from impq_edge.impq.allocate import bits_within
 from impq_edge.impq.allocation import PUBLISHED_TYPES, Evidence
 from impq_edge.impq.problem import Choice
-from impq_edge.spqe.playing import Budget, as_coalition, binding, fitting, holds_all_4
+from impq_edge.spqe.playing import Budget, as_coalition, binding, holds_all_4
 from impq_edge.spqe.profile import SensitivityProfile
-from impq_edge.spqe.rounds import Room, as_matrix, from_row, neighbours
+from impq_edge.spqe.rounds import Room, as_matrix, fitting, from_row, neighbours, surrogate_of
 from impq_edge.spqe.sampling import Coalition, uniform
-from impq_edge.spqe.surrogate import Surrogate
 
 Array = NDArray[np.float64]
 
@@ -76,8 +75,7 @@ class Proposals:
         self._room, self._seen = room, seen
         points = as_matrix(list(seen))
         self._increases = np.array(list(seen.values())) - seen[uniform(4, points.shape[1])]
-        tightest = room.tightest
-        self._model = Surrogate(points, self._increases, room.costs[tightest], float(room.budgets[tightest]))
+        self._model = surrogate_of(seen, room)
         self._means = self._model.mean(points)
 
     def best(self, measured: Sequence[Coalition], published: Coalition) -> Coalition:

@@ -14,7 +14,7 @@ from impq_edge.impq.problem import Constraint
 from impq_edge.model.players import Player
 from impq_edge.records import STRICT
 from impq_edge.spqe.estimate import estimate
-from impq_edge.spqe.rounds import BATCH, Ask, Room, as_matrix, search_rounds
+from impq_edge.spqe.rounds import BATCH, Ask, Room, fitting, search_rounds
 from impq_edge.spqe.sampling import Coalition, Draw, uniform
 
 SHARE = 0.4
@@ -90,12 +90,6 @@ def play_rounds(
     ask(_missing_starts(seen, pairs, rounds, rooms)[: max(0, left)])
     if max(seen.values()) > seen[uniform(4, n_players)]:  # else 2 bit harms nothing, and there is no game to model
         search_rounds(ask, seen, rooms, evaluations, rounds.batch)
-
-
-def fitting(seen: Mapping[Coalition, float], room: Room) -> list[Coalition]:
-    """Return those of the measured coalitions that keep a budget, the best first."""
-    coalitions = sorted(seen, key=lambda c: (seen[c], c))
-    return [c for c, fits in zip(coalitions, room.fits(as_matrix(coalitions)), strict=True) if fits]
 
 
 def program_answer(seen: Mapping[Coalition, float], pairs: Sequence[Draw], budget: Budget) -> Coalition:

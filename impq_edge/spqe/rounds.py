@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from impq_edge.impq.problem import Constraint
-from impq_edge.spqe.sampling import Coalition, Draw, coalitions_of, draws, pairs_of_size, uniform
+from impq_edge.spqe.sampling import Coalition, Draw, alone, coalitions_of, draws, pairs_of_size, uniform
 from impq_edge.spqe.surrogate import Prior, Surrogate
 
 Array = NDArray[np.float64]
@@ -91,13 +91,11 @@ def design(n_players: int, evaluations: int, share: float, seed: int) -> tuple[l
     limit = min(evaluations, max(4, round(share * evaluations)))
     found = dict.fromkeys([uniform(4, n_players), uniform(2, n_players)])
     pairs: dict[Draw, None] = {}
-    at_4: list[Coalition] = [tuple(4 if p == one else 2 for p in range(n_players)) for one in range(n_players)]
-    at_2: list[Coalition] = [tuple(2 if p == one else 4 for p in range(n_players)) for one in range(n_players)]
     if 2 + 2 * n_players <= limit:
-        found |= dict.fromkeys([*at_2, *at_4])
+        found |= dict.fromkeys([*alone(2, n_players), *alone(4, n_players)])
         pairs |= dict.fromkeys((one,) for one in range(pairs_of_size(1, n_players) if n_players > 1 else 0))
     elif 4 + n_players <= limit:
-        found |= dict.fromkeys(at_2)
+        found |= dict.fromkeys(alone(2, n_players))
     for draw in draws("stratified", n_players, limit // 2 + n_players, seed):
         fresh = [coalition for coalition in coalitions_of("stratified", draw, n_players) if coalition not in found]
         if len(found) + len(fresh) > limit:
@@ -127,7 +125,6 @@ def search_rounds(
     evaluations: int,
     batch: int = BATCH,
     prior: Prior | None = None,
-    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> None:
     """Spend evaluations on the curve, equally on every budget.
 
@@ -154,16 +151,27 @@ def search_rounds(
             for coalition in _proposals(seen, wanted, room, min(batch, left), prior):
                 wanted[coalition] = None
         ask(list(wanted))
-        progress(len(seen), evaluations)
         if len(seen) == before:  # everything near the curve is known
             return
 
 
+def fitting(seen: Mapping[Coalition, float], room: Room) -> list[Coalition]:
+    """Return those of the measured coalitions that keep a budget, the best first."""
+    coalitions = sorted(seen, key=lambda c: (seen[c], c))
+    return [c for c, fits in zip(coalitions, room.fits(as_matrix(coalitions)), strict=True) if fits]
+
+
 def best_measured(seen: Mapping[Coalition, float], room: Room) -> Coalition:
     """Return the coalition of least loss, of those measured, that keeps the budgets."""
-    lowest = as_matrix(list(seen))
-    fitting = [c for c, fits in zip(seen, room.fits(lowest), strict=True) if fits]
-    return min(fitting, key=lambda c: (seen[c], c))
+    return fitting(seen, room)[0]
+
+
+def surrogate_of(seen: Mapping[Coalition, float], room: Room, prior: Prior | None = None) -> Surrogate:
+    """Fit a model of the game near a budget to everything measured; all at 4 bit is among it."""
+    lowest, values = as_matrix(list(seen)), np.array(list(seen.values()))
+    tightest = room.tightest
+    base = seen[uniform(4, lowest.shape[1])]
+    return Surrogate(lowest, values - base, room.costs[tightest], float(room.budgets[tightest]), prior)
 
 
 def _proposals(
@@ -173,11 +181,9 @@ def _proposals(
         return
     coalitions = list(seen)
     lowest, values = as_matrix(coalitions), np.array([seen[c] for c in coalitions])
-    base = seen[uniform(4, lowest.shape[1])]
-    tightest = room.tightest
-    surrogate = Surrogate(lowest, values - base, room.costs[tightest], float(room.budgets[tightest]), prior)
-    fitting = np.flatnonzero(room.fits(lowest))
-    starts = lowest[fitting[np.argsort(values[fitting], kind="stable")[:_STARTS]]]
+    surrogate = surrogate_of(seen, room, prior)
+    inside = np.flatnonzero(room.fits(lowest))
+    starts = lowest[inside[np.argsort(values[inside], kind="stable")[:_STARTS]]]
     taken = {*coalitions, *also}
     pool = [c for c in _promising(surrogate, starts, room) if c not in taken]
     if not pool:

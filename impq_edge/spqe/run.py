@@ -196,9 +196,14 @@ class _Run:
         self._ahead = ahead
         self._progress = progress
         self._n_players = len(players_of(job.spec, job.settings.players))
-        count = draws_for(design.estimator, self._n_players, design.permutations)
-        self._draws = draws(design.estimator, self._n_players, count, design.seed)
-        self._total = len(self._order(self._draws))
+        self._draws, self._total = self._planned()
+
+    def _planned(self) -> tuple[list[Draw], int]:
+        """Return the draws of the design, and how many evaluations there will be."""
+        estimator, n_players = self._design.estimator, self._n_players
+        count = draws_for(estimator, n_players, self._design.permutations)
+        found = draws(estimator, n_players, count, self._design.seed)
+        return found, len(self._order(found))
 
     @property
     def is_known(self) -> bool:
@@ -263,14 +268,12 @@ class _Run:
 class _Rounds(_Run):
     """The evaluations of a design, then rounds; what they ask for follows from losses alone, whoever measured them."""
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
+    def _planned(self) -> tuple[list[Draw], int]:
         assert self._design.rounds is not None
         self._rounds = self._design.rounds
-        self._total = evaluations_for(self._n_players, self._design.permutations)
-        self._first, self._draws = first_part(self._n_players, self._total, self._rounds.share, self._design.seed)
-        if not self._rounds.budgets:
-            self._total = len(self._first)
+        total = evaluations_for(self._n_players, self._design.permutations)
+        self._first, pairs = first_part(self._n_players, total, self._rounds.share, self._design.seed)
+        return pairs, total if self._rounds.budgets else len(self._first)
 
     @property
     def is_known(self) -> bool:

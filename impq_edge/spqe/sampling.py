@@ -25,6 +25,12 @@ def uniform(bits: Bits, n_players: int) -> Coalition:
     return (bits,) * n_players
 
 
+def alone(bits: Bits, n_players: int) -> list[Coalition]:
+    """Return the N coalitions in which one player is at these bits and all others are at the other ones."""
+    rest: Bits = 2 if bits == 4 else 4
+    return [tuple(bits if player == one else rest for player in range(n_players)) for one in range(n_players)]
+
+
 def draws(estimator: Estimator, n_players: int, count: int, seed: int) -> list[Draw]:
     """Draw what an estimator evaluates; the first k draws do not depend on ``count``.
 

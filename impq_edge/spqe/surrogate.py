@@ -10,6 +10,7 @@ measured most likely; where pairs explain nothing, their share is zero.
 import dataclasses
 import functools
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -119,27 +120,24 @@ class Surrogate:
 
     def _most_likely(self, top: float, prior: Prior) -> "_Fitted":
         """Choose the link, then how far to shrink, then the link again."""
+        own = functools.cache(lambda pairs, rest: self._kernel(self._points, (pairs, rest, 0.0)))  # of one fit only
         links = [Link(power, ceiling * top) for power, ceiling in itertools.product(prior.powers, prior.ceilings)]
         shares = list(itertools.product(prior.pairs, prior.rests, _NOISES))
-        found = max((self._fit(link, shares[-1]) for link in links), key=_evidence)
-        found = max((self._fit(found.link, each) for each in shares), key=_evidence)
-        return max((self._fit(link, found.shares) for link in links), key=_evidence)
+        found = max((self._fit(link, shares[-1], own) for link in links), key=_evidence)
+        found = max((self._fit(found.link, each, own) for each in shares), key=_evidence)
+        return max((self._fit(link, found.shares, own) for link in links), key=_evidence)
 
-    def _fit(self, link: Link, shares: tuple[float, float, float]) -> "_Fitted":
+    def _fit(self, link: Link, shares: tuple[float, float, float], own: Callable[[float, float], Array]) -> "_Fitted":
         pairs, rest, noise = shares
         values = link(self._increases)
         spread = float(values.std()) or 1.0
         z = (values - values.mean()) / spread
-        kernel = self._own(pairs, rest) + np.diag(noise * self._blur)
+        kernel = own(pairs, rest) + np.diag(noise * self._blur)
         factor = np.linalg.cholesky(kernel + 1e-9 * np.eye(len(z)))
         weights = linalg.cho_solve((factor, True), z, check_finite=False)
         slopes = float(link.log_slope(self._increases).sum()) - len(z) * np.log(spread)
         evidence = float(-0.5 * z @ weights - np.log(np.diag(factor)).sum() + slopes)
         return _Fitted(link, shares, factor, weights, evidence)
-
-    @functools.cache  # noqa: B019  one per object, dropped with it
-    def _own(self, pairs: float, rest: float) -> Array:
-        return self._kernel(self._points, (pairs, rest, 0.0))
 
     def _kernel(self, lowest: Array, shares: tuple[float, float, float]) -> Array:
         pairs, rest, _ = shares

@@ -101,19 +101,29 @@ def set_table(job: Job, progress: Progress = lambda *_: None) -> Table:
             spec, windows=windows, window_tokens=window_tokens, batch_tokens=TOKENS_PER_BATCH["cuda"],
             itemsize=dtype.itemsize, statistics=job.backend.statistics, free_bytes=free_gpu_bytes(),
         )  # fmt: skip
-    done = iter(range(1, spec.n_blocks + 1))
     with memory_told():
         walk = open_walk(job.directory, spec, job.windows, device, dtype)
-        game = Game(walk, job.settings.players)
-        prepared = game.prepare(
-            lambda tensor: torch.from_numpy(read_tensor(job.directory, tensor)),
-            job.backend,
-            lambda _: progress("quantising", next(done), spec.n_blocks),
-            calibration=calibration_walk(job, walk),
-            resident_blocks=resident,
-            kept=kept_encodings(job),
-        )
-    return Table(game, prepared)
+        return Table(*prepare_game(job, walk, progress, resident))
+
+
+def prepare_game(
+    job: Job, walk: Walk, progress: Progress = lambda *_: None, resident_blocks: int | None = None
+) -> tuple[Game, Prepared]:
+    """Make both versions of every block of a walk of the job's text, from which no block was taken yet.
+
+    Arguments and errors as for :meth:`Game.prepare` and :func:`set_table`.
+    """
+    done = iter(range(1, job.spec.n_blocks + 1))
+    game = Game(walk, job.settings.players)
+    prepared = game.prepare(
+        lambda tensor: torch.from_numpy(read_tensor(job.directory, tensor)),
+        job.backend,
+        lambda _: progress("quantising", next(done), job.spec.n_blocks),
+        calibration=calibration_walk(job, walk),
+        resident_blocks=resident_blocks,
+        kept=kept_encodings(job),
+    )
+    return game, prepared
 
 
 def calibration_walk(job: Job, walk: Walk) -> Walk | None:

@@ -1,22 +1,26 @@
 """One cell of the study: one model, backend, player kind, calibration text and seed; every method, every budget."""
 
 import dataclasses
+import functools
 import time
-from collections.abc import Callable, Mapping
-from fractions import Fraction
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from impq_edge.backends import BITS
 from impq_edge.backends.kquant import KQuant
 from impq_edge.impq.allocate import average_bits_constraint
 from impq_edge.impq.allocation import PUBLISHED_TYPES
-from impq_edge.impq.baselines import METRICS
+from impq_edge.impq.baselines import METRICS, baseline_bits
 from impq_edge.model.calibration import Windows
+from impq_edge.model.players import Player
 from impq_edge.spqe.isolated import isolated_scores
 from impq_edge.spqe.journal import to_text
+from impq_edge.spqe.playing import CURVE, as_coalition
 from impq_edge.spqe.sampling import Coalition, uniform
 from impq_edge.spqe.surrogate import ADDITIVE, Prior
 from impq_edge.spqe.table import Job, Progress
@@ -26,12 +30,20 @@ from impq_edge.study.lab import Asked, Lab, Objective
 from impq_edge.study.methods import Answers, Setting
 from impq_edge.study.remembering import Remembering
 
-AVERAGE_BITS = tuple(Fraction(quarter, 4) for quarter in range(9, 16))
-"""2.25 to 3.75."""
-
 RANDOMS = 5
-SHARE = 3
-"""Methods that choose what to evaluate get this share, one third, of what the published estimator evaluates."""
+FEWER = 3
+"""Methods that choose what to evaluate get a third of what the published estimator evaluates."""
+
+NO_LINK = Prior(powers=(1.0,), ceilings=(np.inf,))
+"""Pairs and remainder, of the increase itself."""
+
+_OBJECTIVES: tuple[tuple[Objective, str], ...] = (("loss", ""), ("divergence", "-kl"))
+
+_ON_THE_LOSS_ALONE = {
+    "clado", "random-best", "evolution", "evolution-seeded", "rounds-additive", "rounds-no-link", "rounds-half",
+    "rounds-quarter",
+}  # fmt: skip
+"""Methods that evaluate what nobody else does, and are not played on the divergence again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +81,7 @@ def run_cell(
     if not isinstance(job.backend, KQuant):  # whose encodings are kept on disk
         job = dataclasses.replace(job, backend=Remembering(job.backend))
     lab = Lab(job, held_out, journal, progress)
-    constraints = tuple(average_bits_constraint(lab.players, PUBLISHED_TYPES, target) for target in AVERAGE_BITS)
+    constraints = tuple(average_bits_constraint(lab.players, PUBLISHED_TYPES, target) for target in CURVE)
     scores: dict[str, Any] = dict(isolated_scores(job, progress).items())
     answered: list[Answered] = []
     setting = Setting(constraints, 0, plan.seed)
@@ -81,15 +93,15 @@ def run_cell(
             progress(name, len(answered), 0)
 
     for metric in METRICS:
-        add(metric, None, lambda metric=metric: methods.by_scores(scores[metric], setting))  # type: ignore[misc]
+        add(metric, None, functools.partial(_isolated, lab.players, scores[metric]))
     for index in range(RANDOMS):
-        add(f"random-mean-{index}", None, lambda i=index: methods.random_answers(len(lab.players), setting, i))  # type: ignore[misc]
+        add(f"random-mean-{index}", None, functools.partial(methods.random_answers, len(lab.players), setting, index))
     for objective, suffix in _OBJECTIVES:
         setting = _play(lab, objective, suffix, setting, plan.permutations, scores, add)
     coalitions = {c for each in answered for c in each.answers}
     exams: dict[str, dict[str, Exam]] = {}
-    everything = [uniform(2, len(lab.players)), uniform(4, len(lab.players)), *sorted(coalitions)]
-    for done, coalition in enumerate(dict.fromkeys(everything), 1):
+    everything = sorted(coalitions | {uniform(bits, len(lab.players)) for bits in BITS})
+    for done, coalition in enumerate(everything, 1):
         exams[to_text(coalition)] = _examined(lab, coalition)
         progress("examining", done, len(everything))
     return Cell(
@@ -119,18 +131,6 @@ def run_cell(
     )  # fmt: skip
 
 
-_ON_THE_LOSS_ALONE = {
-    "clado", "random-best", "evolution", "evolution-seeded", "rounds-additive", "rounds-no-link", "rounds-half",
-    "rounds-quarter",
-}  # fmt: skip
-"""Methods that evaluate what nobody else does, and are not played on the divergence again."""
-
-NO_LINK = Prior(powers=(1.0,), ceilings=(np.inf,))
-"""Pairs and remainder, of the increase itself."""
-
-_OBJECTIVES: tuple[tuple[Objective, str], ...] = (("loss", ""), ("divergence", "-kl"))
-
-
 def _play(  # the order is free: what one method asks, another finds answered
     lab: Lab,
     objective: Objective,
@@ -145,15 +145,15 @@ def _play(  # the order is free: what one method asks, another finds answered
 
     asked = fresh()
     found = methods.shapley(asked, setting, permutations)
-    setting = dataclasses.replace(setting, evaluations=asked.evaluations // SHARE)
+    setting = dataclasses.replace(setting, evaluations=asked.evaluations // FEWER)
     scores[f"phi{suffix}"], scores[f"phi-stderr{suffix}"] = found.phi, found.phi_stderr
     add(f"phi{suffix}", asked, lambda: methods.by_scores(found.phi, setting))
     add(f"phi-variance{suffix}", asked, lambda: methods.with_variance(found, setting, 0.5))
     for alpha in (0.0, 0.5, 1.0):
-        add(f"impq-{alpha:g}{suffix}", asked, lambda a=alpha: methods.impq(found, setting, a))  # type: ignore[misc]
+        add(f"impq-{alpha:g}{suffix}", asked, functools.partial(methods.impq, found, setting, alpha))
     add(f"impq-shuffled{suffix}", asked, lambda: methods.shuffled(found, setting, 0.5))
     third = fresh()
-    fewer = methods.shapley(third, setting, max(1, permutations // SHARE))
+    fewer = methods.shapley(third, setting, max(1, permutations // FEWER))
     add(f"impq-third{suffix}", third, lambda: methods.impq(fewer, setting, 0.5))
     one, other = fresh(), fresh()
     scores[f"singles{suffix}"], scores[f"leave-one-out{suffix}"] = methods.singles(one), methods.leave_one_out(other)
@@ -163,7 +163,7 @@ def _play(  # the order is free: what one method asks, another finds answered
         if objective == "divergence" and name in _ON_THE_LOSS_ALONE:
             continue
         own = fresh()
-        add(f"{name}{suffix}", own, lambda m=method, a=own: m(a, setting))  # type: ignore[misc]
+        add(f"{name}{suffix}", own, functools.partial(method, own, setting))
     return setting
 
 
@@ -182,12 +182,16 @@ _ADAPTIVE: dict[str, Callable[[Asked, Setting], Answers]] = {
 }
 
 
+def _isolated(players: Sequence[Player], harm: NDArray[np.float64]) -> Answers:
+    return [as_coalition(baseline_bits(players, harm, target)) for target in CURVE]
+
+
 def _answers(lab: Lab, answered: list[Answered]) -> tuple[Answer, ...]:
     return tuple(
         Answer(each.name, float(target), to_text(coalition), each.evaluations, loss, divergence)
         for each in answered
         for target, coalition, (loss, divergence) in zip(
-            AVERAGE_BITS, each.answers, lab.ask(each.answers).tolist(), strict=True
+            CURVE, each.answers, lab.ask(each.answers).tolist(), strict=True
         )
     )
 
@@ -205,5 +209,5 @@ def _examined(lab: Lab, coalition: Coalition) -> dict[str, Exam]:
     }
 
 
-def _standard_error(values: np.ndarray[Any, Any]) -> float:
+def _standard_error(values: NDArray[np.float64]) -> float:
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0

@@ -139,7 +139,7 @@ class Cell(Record):
     @property
     def name(self) -> str:
         """The cell's name, also of its file."""
-        return f"{self.model}-{self.backend}-{self.players}-{self.text}-{self.seed}"
+        return cell_name(self.model, self.backend, self.players, self.text, self.seed)
 
     @property
     def uniform(self) -> dict[int, str]:
@@ -197,9 +197,19 @@ def _unpacked(path: Path) -> str:
         raise RecordError(f"{path} cannot be unpacked ({error}); make the cell anew.") from None
 
 
+def cell_name(model: str, backend: str, players: str, text: str, seed: int) -> str:
+    """Return the name of a cell, also of its file."""
+    return f"{model}-{backend}-{players}-{text}-{seed}"
+
+
+def path_of(folder: Path, name: str) -> Path:
+    """Return where a folder keeps the cell of a name."""
+    return folder / f"{name}.json.bz2"
+
+
 def cell_path(folder: Path, cell: Cell) -> Path:
     """Return where a folder keeps a cell."""
-    return folder / f"{cell.name}.json.bz2"
+    return path_of(folder, cell.name)
 
 
 def load_cells(folder: Path) -> tuple[Cell, ...]:

@@ -11,12 +11,10 @@ from numpy.typing import NDArray
 
 from impq_edge.errors import SensitivityError
 from impq_edge.model.calibration import Windows
-from impq_edge.model.load import read_tensor
-from impq_edge.spqe.game import Game
 from impq_edge.spqe.journal import Journal, to_text
 from impq_edge.spqe.memory import memory_told
 from impq_edge.spqe.sampling import Coalition, uniform
-from impq_edge.spqe.table import Job, Progress, calibration_walk, kept_encodings
+from impq_edge.spqe.table import Job, Progress, prepare_game
 from impq_edge.spqe.walk import Hidden, Walk, open_walk
 
 Objective = Literal["loss", "divergence"]
@@ -57,22 +55,8 @@ class Lab:
             self._walk = open_walk(job.directory, job.spec, job.windows, device, dtype)
             self._held_out = {name: self._walk.beside(windows) for name, windows in held_out.items()}
             self._judge = Judge(self._walk, self._reference.pop(""))
-            calibration = calibration_walk(job, self._walk)
-            self._game = Game(self._walk, job.settings.players)
-            done = iter(range(1, job.spec.n_blocks + 1))
-            self.prepared = self._game.prepare(
-                lambda tensor: torch.from_numpy(read_tensor(job.directory, tensor)),
-                job.backend,
-                lambda _: progress("quantising", next(done), job.spec.n_blocks),
-                calibration=calibration,
-                kept=kept_encodings(job),
-            )
+            self._game, self.prepared = prepare_game(job, self._walk, progress)
         self.players = self._game.players
-
-    @property
-    def evaluations(self) -> int:
-        """How many coalitions were passed by the calibration text in this process."""
-        return self._game.evaluations
 
     def ask(self, coalitions: Sequence[Coalition]) -> NDArray[np.float64]:
         """Return loss and divergence of each coalition on the calibration text, (coalitions, 2), nats per token."""

@@ -17,7 +17,7 @@ from impq_edge.spqe.complements import interactions
 from impq_edge.spqe.estimate import Estimate, complement_pairs, estimate
 from impq_edge.spqe.playing import SHARE
 from impq_edge.spqe.rounds import Room, best_measured, design, neighbours, search_rounds
-from impq_edge.spqe.sampling import Coalition, coalitions_of, draws, draws_for, evaluation_order
+from impq_edge.spqe.sampling import Coalition, alone, coalitions_of, draws, draws_for, evaluation_order
 from impq_edge.spqe.surrogate import Prior
 from impq_edge.study.lab import Asked
 
@@ -56,13 +56,13 @@ def by_scores(harm: Array, setting: Setting) -> Answers:
 def singles(asked: Asked, _: Setting | None = None) -> Array:
     """Return the measured increase of each player alone at 2 bit, (N,)."""
     base = asked.anchors()[0]
-    return asked(_one_apart(asked.n_players, 2)) - base
+    return asked(alone(2, asked.n_players)) - base
 
 
 def leave_one_out(asked: Asked, _: Setting | None = None) -> Array:
     """Return what each player saves when it alone is at 4 bit, (N,)."""
     worst = asked.anchors()[1]
-    return worst - asked(_one_apart(asked.n_players, 4))
+    return worst - asked(alone(4, asked.n_players))
 
 
 def shapley(asked: Asked, setting: Setting, permutations: int = PERMUTATIONS) -> Estimate:
@@ -112,12 +112,12 @@ def stratified(asked: Asked, setting: Setting) -> Answers:
 def clado(asked: Asked, setting: Setting) -> Answers:
     """Measure every pair at 2 bit, everything else at 4 (Deng et al. 2023, CLADO), and minimise the quadratic form."""
     n = asked.n_players
-    base, alone = asked.anchors()[0], singles(asked)
+    base, apart = asked.anchors()[0], singles(asked)
     first, second = np.triu_indices(n, 1)
     both = asked([tuple(2 if p in (i, j) else 4 for p in range(n)) for i, j in zip(first, second, strict=True)])
     found = np.zeros((n, n))
-    found[first, second] = both - base - alone[first] - alone[second]
-    return [_minimised(alone, (found + found.T) / 2, constraint) for constraint in setting.constraints]
+    found[first, second] = both - base - apart[first] - apart[second]
+    return [_minimised(apart, (found + found.T) / 2, constraint) for constraint in setting.constraints]
 
 
 def random_answers(n_players: int, setting: Setting, index: int) -> Answers:
@@ -224,11 +224,6 @@ def _stratified(asked: Asked, evaluations: int, seed: int) -> list[tuple[int, ..
     found = draws("stratified", n, min(max(evaluations // 2, 1), most), seed)
     asked([c for draw in found for c in coalitions_of("stratified", draw, n)])
     return found
-
-
-def _one_apart(n: int, bits: int) -> list[Coalition]:
-    alone, rest = (2, 4) if bits == 2 else (4, 2)
-    return [tuple(alone if i == player else rest for i in range(n)) for player in range(n)]  # type: ignore[misc]
 
 
 def _minimised(linear: Array, quadratic: Array, constraint: Constraint) -> Coalition:

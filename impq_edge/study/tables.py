@@ -12,6 +12,7 @@ from impq_edge.study.contests import (
     Contest,
     Game,
     contests_of,
+    game_of,
     games_of,
     methods_of,
 )
@@ -86,8 +87,10 @@ def perplexity_table(cells: Sequence[Cell], ours: str | None = None) -> tuple[Qu
 
 
 def _groups(contests: Iterable[Contest]) -> dict[tuple[Game, str], list[Contest]]:
-    key = lambda contest: (contest.game, contest.text)  # noqa: E731
-    return {at: list(found) for at, found in itertools.groupby(sorted(contests, key=key), key)}
+    found: dict[tuple[Game, str], list[Contest]] = {}
+    for contest in contests:
+        found.setdefault((contest.game, contest.text), []).append(contest)
+    return {at: found[at] for at in sorted(found)}
 
 
 def _quality(contests: Sequence[Contest], at: tuple[Game, str, float, str], ours: str | None) -> Quality:
@@ -107,7 +110,7 @@ def _references(cells: Sequence[Cell]) -> list[Quality]:
     """Return what every allocation lies between: all players at 2 bit, all at 4 bit, and the unquantised model."""
     found: dict[tuple[Game, str, float | None, str], tuple[list[float], list[float]]] = {}
     for cell in cells:
-        game = Game(cell.model, cell.backend, cell.players)
+        game = game_of(cell)
         for text, plain in cell.unquantised.items():
             ends = [(float(bits), f"all {bits} bit", cell.exams[same][text]) for bits, same in cell.uniform.items()]
             for bits, name, loss, kl in (
