@@ -20,7 +20,8 @@ import typer
 
 from impq_edge.backends import NAMES as BACKENDS
 from impq_edge.errors import ImpqError
-from impq_edge.study.cells import cell_name, path_of
+from impq_edge.study.cells import Cell, cell_name, path_of
+from impq_edge.study.transfer import LENT
 
 
 def main(
@@ -42,6 +43,9 @@ def main(
         int, typer.Option(help="Of the published estimator; others get a third of its cost.")
     ] = 100,
     skip: Annotated[str, typer.Option(help="Methods not to play, comma-separated.")] = "",
+    lend: Annotated[
+        str, typer.Option(help="Backends, comma-separated, whose choices are examined too; their cells must be there.")
+    ] = "",
 ) -> None:
     """Play what is missing."""
     for option, values in (("--models", models), ("--texts", texts), ("--held-out", held_out)):
@@ -51,9 +55,10 @@ def main(
                 raise SystemExit(
                     f"{option} {value} is not NAME=PATH of something that exists; write it like books=a.txt."
                 )
-    unknown = [name for name in backends.split(",") if name not in BACKENDS]
-    if unknown:
-        raise SystemExit(f"--backends {unknown[0]} is unknown; choose among {', '.join(BACKENDS)}.")
+    for option, value in (("--backends", backends), ("--lend", lend)):
+        for name in filter(None, value.split(",")):
+            if name not in BACKENDS:
+                raise SystemExit(f"{option} {name} is unknown; choose among {', '.join(BACKENDS)}.")
     cells.mkdir(parents=True, exist_ok=True)
     wanted = [
         {"model": model, "backend": backend, "players": kind, "text": text, "seed": int(seed)}
@@ -66,7 +71,7 @@ def main(
     common = {
         "cells": str(cells), "texts": texts, "held_out": held_out, "tokens": tokens, "skip": skip, "compute": compute,
         "calibration_tokens": calibration_tokens, "exam_windows": exam_windows, "window_tokens": window_tokens,
-        "permutations": permutations,
+        "permutations": permutations, "lend": lend,
     }  # fmt: skip
     context = multiprocessing.get_context("spawn")
     queue: Any = context.Queue()
@@ -84,10 +89,10 @@ def main(
     raise typer.Exit(1 if missing else 0)
 
 
-def name_of(cell: dict[str, Any]) -> str:
-    """Return the name of a cell that was asked for."""
+def name_of(cell: dict[str, Any], backend: str | None = None) -> str:
+    """Return the name of a cell that was asked for, or of the same on another backend."""
     model, text = (cell[key].partition("=")[0] for key in ("model", "text"))
-    return cell_name(model, cell["backend"], cell["players"], text, cell["seed"])
+    return cell_name(model, backend or cell["backend"], cell["players"], text, cell["seed"])
 
 
 def work(queue: Any, common: dict[str, Any], deadline: float, index: int) -> None:
@@ -109,6 +114,12 @@ def work(queue: Any, common: dict[str, Any], deadline: float, index: int) -> Non
             print(f"{cell}: {error}", file=sys.stderr, flush=True)
         except Exception:
             print(f"{cell}:", traceback.format_exc(), file=sys.stderr, flush=True)
+
+
+def lent(cell: dict[str, Any], folder: Path, backends: str) -> set[str]:
+    """Return the coalitions that methods chose in the same cell on other backends."""
+    others = [Cell.load(path_of(folder, name_of(cell, name))) for name in filter(None, backends.split(","))]
+    return {answer.coalition for other in others for answer in other.answers if answer.method in LENT}
 
 
 def play(cell: dict[str, Any], common: dict[str, Any]) -> None:
@@ -141,8 +152,9 @@ def play(cell: dict[str, Any], common: dict[str, Any]) -> None:
     kept = folder / "kept" / f"{name}-{text_name}-{cell['seed']}" if cell["backend"] == "kquant" else None
     job = Job(opened, spec, backend, windows, settings, seen, kept)
     plan = Plan(
-        name, cell["backend"], text_name, cell["seed"], common["permutations"], frozenset(common["skip"].split(","))
-    )
+        name, cell["backend"], text_name, cell["seed"], common["permutations"], frozenset(common["skip"].split(",")),
+        lent(cell, folder, common["lend"]),
+    )  # fmt: skip
 
     def progress(phase: str, done: int, total: int) -> None:
         if not total or done == total:

@@ -22,7 +22,7 @@ from impq_edge.study.cells import Cell, load_cells
 from impq_edge.study.contests import contests_of, games_of, methods_of
 from impq_edge.study.regret import Regret, regret
 from impq_edge.study.tables import Quality
-from impq_edge.study.transfer import Transfer, lent_allocations, transfer
+from impq_edge.study.transfer import LENT, Transfer, lent_allocations, transfer
 
 OURS = "ours"
 
@@ -81,7 +81,7 @@ def _transfer_plots(study: Study, out: Path) -> list[Path]:
 
 
 def _transfers(study: Study) -> list[Any]:
-    return [*study.ranks, *lent_allocations(study.cells, ("singles", "phi", study.ours))]
+    return [*study.ranks, *lent_allocations(study.cells, LENT)]
 
 
 def _laid_out_transfers(_: Study, rows: Sequence[Any]) -> str:

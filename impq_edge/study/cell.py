@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from impq_edge.impq.baselines import METRICS, baseline_bits
 from impq_edge.model.calibration import Windows
 from impq_edge.model.players import Player
 from impq_edge.spqe.isolated import isolated_scores
-from impq_edge.spqe.journal import to_text
+from impq_edge.spqe.journal import from_text, to_text
 from impq_edge.spqe.playing import CURVE, as_coalition
 from impq_edge.spqe.sampling import Coalition, uniform
 from impq_edge.spqe.surrogate import ADDITIVE, Prior
@@ -65,6 +65,7 @@ class Plan:
     seed: int
     permutations: int = methods.PERMUTATIONS
     skipped: frozenset[str] = frozenset()  # methods that are not played
+    lent: Collection[str] = ()  # coalitions that are examined as well: what was chosen on other backends
 
 
 def run_cell(
@@ -98,9 +99,12 @@ def run_cell(
         add(f"random-mean-{index}", None, functools.partial(methods.random_answers, len(lab.players), setting, index))
     for objective, suffix in _OBJECTIVES:
         setting = _play(lab, objective, suffix, setting, plan.permutations, scores, add)
-    coalitions = {c for each in answered for c in each.answers}
     exams: dict[str, dict[str, Exam]] = {}
-    everything = sorted(coalitions | {uniform(bits, len(lab.players)) for bits in BITS})
+    everything = sorted(
+        {c for each in answered for c in each.answers}
+        | {uniform(bits, len(lab.players)) for bits in BITS}
+        | {from_text(text) for text in plan.lent}
+    )
     for done, coalition in enumerate(everything, 1):
         exams[to_text(coalition)] = _examined(lab, coalition)
         progress("examining", done, len(everything))

@@ -14,6 +14,9 @@ from impq_edge.study.tally import Mean, mean
 SCORES = ("singles", "phi")
 """The measured rankings that one backend could lend another."""
 
+LENT = ("activation", "singles", "phi", "impq-0.5", "rounds", "singles-kl", "rounds-kl")
+"""Methods whose choices are examined on other backends."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:

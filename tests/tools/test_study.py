@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from impq_edge.study.cells import load_cells
+from impq_edge.study.transfer import LENT
 
 TOOL = Path(__file__).parents[2] / "tools" / "study.py"
 
@@ -35,6 +36,10 @@ def test_cells_are_played_once(checkpoints: dict[str, Path], tmp_path: Path) -> 
     again = study(tmp_path / "cells", *arguments[:2], *arguments[4:])
     assert again.returncode == 0
     assert path.stat().st_mtime_ns == before
+    lending = [*arguments[:2], *arguments[4:], "--lend", "quanto", "--backends", "hqq", "--skip", "rounds,evolution"]
+    assert study(tmp_path / "cells", *lending).returncode == 0
+    (borrower,) = (other for other in load_cells(tmp_path / "cells") if other.backend == "hqq")
+    assert {answer.coalition for answer in cell.answers if answer.method in LENT} <= borrower.exams.keys()
 
 
 def test_what_is_no_name_and_path_is_refused_before_anything_is_played(tmp_path: Path) -> None:
@@ -43,6 +48,7 @@ def test_what_is_no_name_and_path_is_refused_before_anything_is_played(tmp_path:
         (("--models", "small", *common), "--models small is not NAME=PATH"),
         (("--models", f"small={tmp_path / 'none'}", *common), "is not NAME=PATH of something that exists"),
         (("--models", f"small={tmp_path}", *common, "--backends", "awq"), "--backends awq is unknown"),
+        (("--models", f"small={tmp_path}", *common, "--lend", "hqq,awq"), "--lend awq is unknown"),
     ):
         done = study(tmp_path / "cells", *arguments)
         assert done.returncode == 1
