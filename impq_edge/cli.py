@@ -88,8 +88,15 @@ Players = Annotated[
 Method = Annotated[
     Literal["rounds", "impq"] | None,
     typer.Option(
-        help="`impq`: the paper's game and program. `rounds`: as many evaluations, of which most go to what a model of "
-        "the game proposes at the budgets; the best that was measured is taken."
+        help="`rounds`: most evaluations go to what a model of the game proposes at the budgets, and the best that was "
+        "measured is taken. `impq`: the paper's game and program. rounds, but for --types other than 2,4."
+    ),
+]
+Objective = Annotated[
+    Literal["loss", "divergence"] | None,
+    typer.Option(
+        help="What is measured and minimised: the text's loss, as in the paper, or the KL divergence from the "
+        "unquantised model; divergence with --method rounds, else loss."
     ),
 ]
 Curve = Annotated[
@@ -184,6 +191,7 @@ def _game_options(
     players: Players = "blocks",
     types: Types = "2,4",
     method: Method = None,
+    objective: Objective = None,
     estimator: Estimator = None,
     permutations: Permutations = None,
     curve: Curve = None,
@@ -205,10 +213,10 @@ def _game_options(
         settings["encode"] = encode
     return GameOptions(
         backend=backend, backend_settings={key: value for key, value in settings.items() if value is not None},
-        players=players, types=_types(types), method=method, estimator=estimator, permutations=permutations,
-        curve=curve, until_stable=until_stable, time_limit_s=_seconds(time_limit), tokens=tokens,
-        calibration=calibration, calibration_tokens=calibration_tokens, seed=seed, compute=compute, workers=workers,
-        ray_address=ray_address,
+        players=players, types=_types(types), method=method, objective=objective, estimator=estimator,
+        permutations=permutations, curve=curve, until_stable=until_stable, time_limit_s=_seconds(time_limit),
+        tokens=tokens, calibration=calibration, calibration_tokens=calibration_tokens, seed=seed, compute=compute,
+        workers=workers, ray_address=ray_address,
     )  # fmt: skip
 
 
@@ -365,9 +373,9 @@ def profile(
 ) -> None:
     """Measure how much each player suffers in fewer bits (SPQE, or a ladder). A killed run goes on where it stopped.
 
-    Example: `impq-edge profile --model meta-llama/Llama-3.2-1B --permutations 100 -o llama.json`
+    Example: `impq-edge profile --model meta-llama/Llama-3.2-1B --permutations 30 -o llama.json`
 
-    Example: `impq-edge profile --model meta-llama/Llama-3.2-1B --method rounds --permutations 30 -o llama.json`
+    Example: `impq-edge profile --model meta-llama/Llama-3.2-1B --method impq --permutations 100 -o llama.json`
 
     Example: `impq-edge profile --model meta-llama/Llama-3.2-1B --types 2,3,4,5,6,8 --players tensors -o llama.json`
     """
@@ -892,7 +900,12 @@ def _show_examination(report: "DoctorReport") -> None:
 def _show_profile(made: "SensitivityProfile", shown: dict[str, Any], as_json: bool) -> None:
     rounds = made.design.rounds
     if as_json:
-        told = {"phi": made.phi, "phi_stderr": made.phi_stderr, "evaluations": len(made.evaluations)}
+        told = {
+            "objective": made.settings.objective,
+            "phi": made.phi,
+            "phi_stderr": made.phi_stderr,
+            "evaluations": len(made.evaluations),
+        }
         played = {} if rounds is None else {"method": "rounds", "budgets": len(rounds.budgets)}
         console.show_json({**shown, **told, **played, "stopped_by": made.stopped_by})
         return
@@ -900,7 +913,8 @@ def _show_profile(made: "SensitivityProfile", shown: dict[str, Any], as_json: bo
         [name, f"{phi:+.5f}", f"{error:.5f}"]
         for name, phi, error in zip(shown["players"], made.phi, made.phi_stderr, strict=True)
     ]
-    console.show_table(f"Loss increase at 2 bit, {made.model.name}", ["player", "φ, nats/token", "± s.e."], rows)
+    what = "Loss" if made.settings.objective == "loss" else "KL divergence"
+    console.show_table(f"{what} increase at 2 bit, {made.model.name}", ["player", "φ, nats/token", "± s.e."], rows)
     how = "" if rounds is None else f" in rounds at {len(rounds.budgets)} budgets"
     console.show_line(f"{len(made.evaluations)} evaluations{how}, stopped by {made.stopped_by}")
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pydantic
 
@@ -21,9 +21,13 @@ PUBLISHED_TYPES = tuple(BLOCK_TYPES)
 """The bits of the paper's program, in which embedding and head are no players."""
 
 
+Objective = Literal["loss", "divergence"]
+"""v(S): the published −log p of a text's tokens, or the KL divergence from the unquantised model's predictions."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """What speaks for a choice that is not the optimum of a program: losses on the calibration text."""
+    """What speaks for a choice that is not the optimum of a program: v on the calibration text."""
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
@@ -32,6 +36,7 @@ class Evidence:
     loss: float  # nats per token, of the choice
     loss_at_4_bit: float  # nats per token, of everything at 4 bit
     evaluations: int  # coalitions that were measured, among them those that cannot be afforded
+    objective: Annotated[Objective, pydantic.Field(exclude_if="loss".__eq__)] = "loss"  # what is called a loss above
 
     @property
     def increase(self) -> float:
@@ -40,7 +45,8 @@ class Evidence:
 
     def told(self) -> str:
         """Return it as part of a sentence."""
-        loss = f"calibration loss {self.loss:.4f} nats/token, {self.increase:+.4f} to everything at 4 bit"
+        what = "calibration loss" if self.objective == "loss" else "KL divergence from the unquantised model of"
+        loss = f"{what} {self.loss:.4f} nats/token, {self.increase:+.4f} to everything at 4 bit"
         if self.is_measured:
             return f"the best of {self.evaluations:,} measured coalitions that fits, {loss}"
         return f"predicted from {self.evaluations:,} measured coalitions, not measured itself, {loss}"
@@ -75,14 +81,8 @@ class Allocation(Record):
     bits_per_weight: float  # file bytes over all weights
     min_generation_tok_per_s: float | None = None  # what was asked for
     speeds: Speeds | None = None  # predicted; None in records of earlier versions
-    evidence: Evidence | None = None  # None where the choice is the optimum of the program
-
-    def to_json(self) -> dict[str, Any]:
-        """Leave out what no program's optimum has: the identities of such records are older than it."""
-        told = super().to_json()
-        if self.evidence is None:
-            del told["evidence"]
-        return told
+    # None where the choice is the optimum of the program, as it was in all records before there was evidence.
+    evidence: Annotated[Evidence | None, pydantic.Field(exclude_if=lambda evidence: evidence is None)] = None
 
     @property
     def choice(self) -> Choice:

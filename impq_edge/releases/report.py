@@ -156,10 +156,10 @@ def _game(c: Comparison, found: SensitivityProfile) -> str:
     lines = [
         f"## {settings.players.capitalize()}",
         "",
-        f"Loss increase when one of the {settings.players} drops from 4 to 2 bit: Shapley values from "
-        f"{_how_many(found)} ({found.design.estimator}) on {settings.tokens:,} tokens, with "
-        f"standard errors. Unquantised {np.mean(found.reference_losses):.4f}, all at 4 bit {all_4:.4f}, all at "
-        f"2 bit {all_2:.4f} nats/token.",
+        f"Increase of {what_is_measured(found)} when one of the {settings.players} drops from 4 to 2 bit: Shapley "
+        f"values from {_how_many(found)} ({found.design.estimator}) on {settings.tokens:,} tokens, with standard "
+        f"errors. All at 4 bit {all_4:.4f}, all at 2 bit {all_2:.4f} nats/token; the unquantised model's loss is "
+        f"{np.mean(found.reference_losses):.4f}.",
         "",
         f"| {settings.players.removesuffix('s')} | bits | φ, nats/token | |",
         "|:---|---:|---:|:---|",
@@ -170,6 +170,11 @@ def _game(c: Comparison, found: SensitivityProfile) -> str:
         bar = "█" * round(_BAR_WIDTH * max(0.0, phi) / largest)
         lines.append(f"| {name} | {bits} | {phi:+.5f} ± {error:.5f} | {bar} |")
     return "\n".join(lines)
+
+
+def what_is_measured(found: SensitivityProfile) -> str:
+    """Return the name of v."""
+    return "the loss" if found.settings.objective == "loss" else "the KL divergence from the unquantised model"
 
 
 def _how_many(found: SensitivityProfile) -> str:
@@ -207,14 +212,14 @@ def backend_name(profile: SensitivityProfile | LadderProfile) -> str:
 
 def _backends(c: Comparison) -> str:
     losses = c.backend_losses
-    if losses is None:
+    if losses is None or isinstance(c.profile, LadderProfile):
         return ""
     name = backend_name(c.profile)
     lines = [
         f"## {name} against the K-quants that ship",
         "",
         f"The profile was measured with {name}; the file holds K-quants ({c.mix[0].encoding.get('encode')}). "
-        "Calibration loss of the same blocks:",
+        f"On the calibration text, {what_is_measured(c.profile)} of the same blocks:",
         "",
         f"| blocks | {name}, nats/token | K-quants, nats/token |",
         "|---|---:|---:|",

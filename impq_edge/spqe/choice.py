@@ -33,20 +33,20 @@ def choose(found: SensitivityProfile, budget: Budget) -> tuple[Choice, Evidence]
     found.estimate()  # which checks that its evaluations are there
     seen, all_4 = found.losses, uniform(4, found.n_players)
     if holds_all_4(budget):
-        return _told(all_4, seen, seen[all_4], is_measured=True)
+        return _told(found, all_4, seen[all_4], is_measured=True)
     room = Room.of(binding(budget))
     measured = fitting(seen, room)
     if measured and _was_played(found, budget):
-        return _told(measured[0], seen, seen[measured[0]], is_measured=True)
+        return _told(found, measured[0], seen[measured[0]], is_measured=True)
     estimate = found.estimate()
     published = as_coalition(bits_within(budget, estimate.phi, estimate.covariance))
     proposals = Proposals(seen, room) if max(seen.values()) > seen[all_4] else None
     if proposals is None:  # 2 bit harms nothing: there is no game to model
         best = measured[0] if measured else published
-        return _told(best, seen, seen.get(best, seen[all_4]), is_measured=best in seen)
+        return _told(found, best, seen.get(best, seen[all_4]), is_measured=best in seen)
     best = proposals.best(measured, published)
     loss = seen[best] if best in seen else seen[all_4] + proposals.increase(best)
-    return _told(best, seen, loss, is_measured=best in seen)
+    return _told(found, best, loss, is_measured=best in seen)
 
 
 def _was_played(found: SensitivityProfile, budget: Budget) -> bool:
@@ -61,10 +61,9 @@ def _limits(budget: Budget) -> set[tuple[tuple[tuple[int, ...], ...], int]]:
     return {(constraint.costs, constraint.budget) for constraint in budget}
 
 
-def _told(
-    chosen: Coalition, seen: dict[Coalition, float], loss: float, *, is_measured: bool
-) -> tuple[Choice, Evidence]:
-    evidence = Evidence("rounds", is_measured, loss, seen[uniform(4, len(chosen))], len(seen))
+def _told(found: SensitivityProfile, chosen: Coalition, loss: float, *, is_measured: bool) -> tuple[Choice, Evidence]:
+    seen, objective = found.losses, found.settings.objective
+    evidence = Evidence("rounds", is_measured, loss, seen[uniform(4, len(chosen))], len(seen), objective)
     return tuple(PUBLISHED_TYPES.index(bits) for bits in chosen), evidence
 
 

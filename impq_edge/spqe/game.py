@@ -1,4 +1,4 @@
-"""The game: the loss of a model whose players are each at 2 or at 4 bit, evaluated with reuse.
+"""The game: the loss or divergence of a model whose players are each at 2 or at 4 bit, evaluated with reuse.
 
 Both versions of every matrix are made once; a coalition is a choice between them. Activations that enter
 each block are kept for the coalition evaluated last and for the all-4-bit one, so that an evaluation
@@ -6,7 +6,7 @@ starts at the lowest block in which it differs from one of the two.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -16,9 +16,11 @@ from impq_edge.backends import BITS, Backend, Bits, Inputs, Stored
 from impq_edge.backends.kquant_kept import Kept
 from impq_edge.errors import SensitivityError
 from impq_edge.ggml.types import BLOCK_TYPES, type_for_row
+from impq_edge.impq.allocation import Objective
 from impq_edge.model.players import PlayerKind, players_of
 from impq_edge.model.spec import TensorSpec
 from impq_edge.spqe.graphs import MAX_FLOP, Graphs
+from impq_edge.spqe.judge import Judge
 from impq_edge.spqe.observe import Observer
 from impq_edge.spqe.sampling import Coalition
 from impq_edge.spqe.versions import Versions
@@ -53,14 +55,18 @@ class Game:
         The model, L blocks, and the text.
     players
         What the N players are.
+    objective
+        What v is.
     """
 
-    def __init__(self, walk: Walk, players: PlayerKind = "blocks") -> None:
+    def __init__(self, walk: Walk, players: PlayerKind = "blocks", objective: Objective = "loss") -> None:
         self.spec = walk.spec
         self.players = players_of(walk.spec, players)
         self.blocks_computed = 0
         self.evaluations = 0
         self._walk = walk
+        self._objective = objective
+        self._judge: Judge | None = None  # made by prepare, for divergences
         self._matrices = [walk.spec.block_matrices(block) for block in range(walk.spec.n_blocks)]
         owner = {tensor.name: index for index, player in enumerate(self.players) for tensor in player.tensors}
         self._owners = [[owner[tensor.name] for tensor in matrices] for matrices in self._matrices]
@@ -124,12 +130,16 @@ class Game:
             self._versions.add(layer, names, versions)
             progress(1)
         weights = sum(player.weights for player in self.players)
-        return Prepared(self._losses(hidden), (bits_used[2] / weights, bits_used[4] / weights))
+        reference = _finite(self._walk.losses(hidden))
+        if self._objective == "divergence":
+            self._judge = Judge(self._walk, [self._walk.entering_head(batch) for batch in hidden])
+        return Prepared(reference, (bits_used[2] / weights, bits_used[4] / weights))
 
     @torch.inference_mode()
     def losses(self, coalition: Coalition) -> NDArray[np.float64]:
-        """Return the mean negative log-likelihood per token of each window, in nats, shape (windows,)."""
-        return self._losses(self.leaving(coalition))
+        """Return v of each window, in nats per token, shape (windows,): mean −log p, or mean divergence."""
+        hidden = self.leaving(coalition)
+        return _finite(self._walk.losses(hidden) if self._judge is None else self._judge.judged(hidden)[1])
 
     @torch.inference_mode()
     def leaving(self, coalition: Coalition) -> Hidden:
@@ -203,14 +213,13 @@ class Game:
         key = (index, bits, len(hidden))
         return self._graphs.run(key, lambda entering: self._walk.run(layer, index, entering), hidden)
 
-    def _losses(self, hidden: Sequence[torch.Tensor]) -> NDArray[np.float64]:
-        """Return each window's loss in float32, from hidden states (windows, T, d) as they leave the last block."""
-        values = self._walk.losses(hidden)
-        if not np.isfinite(values).all():
-            raise SensitivityError(
-                "The model's loss is not finite on this text; validate an F16 GGUF of it to see whether it works."
-            )
-        return values
+
+def _finite(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    if not np.isfinite(values).all():
+        raise SensitivityError(
+            "The model's loss is not finite on this text; validate an F16 GGUF of it to see whether it works."
+        )
+    return values
 
 
 def stored(

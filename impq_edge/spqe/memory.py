@@ -7,7 +7,10 @@ import torch
 
 from impq_edge.backends import BITS, Statistics
 from impq_edge.errors import SensitivityError
+from impq_edge.impq.allocation import Objective
+from impq_edge.model.config import HyperParameters
 from impq_edge.model.spec import ModelSpec
+from impq_edge.spqe.judge import KEPT_BYTES
 from impq_edge.spqe.versions import PLACES
 from impq_edge.spqe.walk import LOGITS_PER_CHUNK
 
@@ -20,7 +23,7 @@ _MIB = 2**20
 
 def resident_blocks(
     spec: ModelSpec, *, windows: int, window_tokens: int, batch_tokens: int, itemsize: int, statistics: Statistics,
-    free_bytes: int,
+    free_bytes: int, objective: Objective = "loss",
 ) -> int:  # fmt: skip
     """Return how many of the last blocks keep both versions on a GPU.
 
@@ -34,6 +37,8 @@ def resident_blocks(
         What the backend wants to know of inputs.
     free_bytes
         What the GPU has left before the model is loaded.
+    objective
+        What is measured: a divergence keeps something of the unquantised model.
 
     Raises
     ------
@@ -51,7 +56,8 @@ def resident_blocks(
     if statistics == "hessian":
         quantising += 4 * _HESSIAN_COPIES * max(t.shape[1] for t in spec.block_matrices(0)) ** 2
     traces = _TRACES * (n_blocks + 1) * windows * window_tokens * hyper.hidden * itemsize
-    left = free_bytes - outside_bytes - max(quantising, _LOGITS_BYTES + traces) - working
+    judging = 0 if objective == "loss" else _judging_bytes(hyper, windows * window_tokens, itemsize)
+    left = free_bytes - outside_bytes - max(quantising, _LOGITS_BYTES + traces + judging) - working
     if (n_blocks * len(BITS) + 1) * block_bytes <= left:  # a block's own weights lie beside its versions for a while
         return n_blocks
     resident = (left - PLACES * block_bytes) // (len(BITS) * block_bytes)
@@ -62,6 +68,12 @@ def resident_blocks(
             f"blocks in host memory; ask for fewer --tokens than {windows * window_tokens}, or use --compute cpu."
         )
     return int(resident)
+
+
+def _judging_bytes(hyper: HyperParameters, tokens: int, itemsize: int) -> int:
+    """Return what a :class:`Judge` keeps, and what it takes to make probabilities anew where they are not kept."""
+    probabilities, made_anew = 4 * tokens * hyper.vocabulary, 2 * 4 * LOGITS_PER_CHUNK
+    return tokens * hyper.hidden * itemsize + (probabilities if probabilities <= KEPT_BYTES else made_anew)
 
 
 def free_gpu_bytes() -> int:

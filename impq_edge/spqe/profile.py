@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
 from impq_edge.errors import SensitivityError
+from impq_edge.impq.allocation import Objective
 from impq_edge.model.players import Player, PlayerKind, players_of
 from impq_edge.model.spec import ModelSpec
 from impq_edge.records import STRICT, Record
@@ -26,7 +27,7 @@ class Evaluation:
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     coalition: str  # one digit per player: its bits
-    losses: tuple[float, ...]  # per calibration window, nats per token
+    losses: tuple[float, ...]  # v of every calibration window, nats per token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +44,17 @@ class GameSettings:
     device: str  # cpu or cuda
     dtype: str
     calibration_tokens: int = 0  # of the same text, that the backend's statistics come from; 0: it needs none
+    # Records of the published objective do not name it: their identities are older than the other one.
+    objective: Annotated[Objective, pydantic.Field(exclude_if="loss".__eq__)] = "loss"
+
+    def identity(self) -> dict[str, Any]:
+        """Return all of it, as it is told to a journal."""
+        told: dict[str, Any] = pydantic.TypeAdapter(type(self)).dump_python(self)
+        return told
 
     def calibration(self) -> dict[str, Any]:
         """Return what an encoding depends on besides the model: the encoder, the text, and where it was passed on."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if key not in ("players", "tokens")}
+        return {key: value for key, value in self.identity().items() if key not in ("players", "tokens", "objective")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +67,8 @@ class Design:
     permutations: int  # M, or as many evaluations in other draws
     seed: int
     until_stable: str = ""  # what must have stopped changing: "order", average bits, or a request's identity
-    rounds: Rounds | None = None  # what was evaluated besides the draws; None: the paper's game, and draws alone
+    # What was evaluated besides the draws; None: the paper's game, and draws alone, as all records before rounds.
+    rounds: Annotated[Rounds | None, pydantic.Field(exclude_if=lambda rounds: rounds is None)] = None
 
 
 MAX_LOSS = 1e6
@@ -84,7 +93,7 @@ class SensitivityProfile(Record):
     design: Design
     stopped_by: StoppedBy
     bits_per_weight: tuple[float, float]  # of the blocks' matrices in the backend's storage, at 2 and 4 bit
-    reference_losses: tuple[float, ...]  # per window, unquantised, nats per token
+    reference_losses: tuple[float, ...]  # −log p of every window, unquantised, nats per token; whatever the objective
     draws: tuple[Draw, ...]  # orders of the N players, or sets of them that are at 4 bit
     evaluations: tuple[Evaluation, ...]
     phi: tuple[float, ...]
@@ -130,13 +139,6 @@ class SensitivityProfile(Record):
             covariance=tuple(tuple(row) for row in result.covariance.tolist()),
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """Leave out rounds where none were played: the identities of such records are older than rounds."""
-        told = super().to_json()
-        if self.design.rounds is None:
-            del told["design"]["rounds"]
-        return told
-
     def __post_init__(self) -> None:
         n_players = self.n_players
         full = set(range(n_players))
@@ -174,12 +176,12 @@ class SensitivityProfile(Record):
 
     @property
     def window_losses(self) -> dict[Coalition, NDArray[np.float64]]:
-        """Losses of every evaluated coalition, (windows,), nats per token."""
+        """V of every evaluated coalition, (windows,), nats per token."""
         return {from_text(e.coalition): np.array(e.losses) for e in self.evaluations}
 
     @property
     def losses(self) -> dict[Coalition, float]:
-        """Mean loss of every evaluated coalition, nats per token."""
+        """Mean v of every evaluated coalition, nats per token."""
         return {from_text(e.coalition): float(np.mean(e.losses)) for e in self.evaluations}
 
     def estimate(self) -> Estimate:

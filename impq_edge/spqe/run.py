@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from impq_edge.backends import Backend, describe
 from impq_edge.errors import SensitivityError
+from impq_edge.impq.allocation import Objective
 from impq_edge.model.calibration import Windows
 from impq_edge.model.players import PlayerKind, players_of
 from impq_edge.spqe.cluster import Evaluator, RayEvaluator
@@ -68,6 +69,7 @@ def game_settings(
     players: PlayerKind,
     device: str,
     calibration: Windows | None = None,
+    objective: Objective = "loss",
 ) -> GameSettings:
     """Gather everything besides the model that the losses depend on.
 
@@ -83,6 +85,7 @@ def game_settings(
         device=device,
         dtype=COMPUTE_DTYPES[device],
         calibration_tokens=seen,
+        objective=objective,
     )
 
 
@@ -111,7 +114,7 @@ def estimate_sensitivity(
     """
     limits = limits or Limits()
     deadline = None if limits.seconds is None else time.monotonic() + limits.seconds
-    journal = Journal(journal_path, {"model": job.spec.content_sha256, **dataclasses.asdict(job.settings)})
+    journal = Journal(journal_path, {"model": job.spec.content_sha256, **job.settings.identity()})
     workers = workers or Workers()
     known = before.window_losses if before else {}
     losses = {**known, **{from_text(of): values for of, values in journal.losses.items()}}

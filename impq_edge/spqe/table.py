@@ -61,7 +61,7 @@ class Table:
         return self._game.recomputed_share
 
     def losses(self, coalition: Coalition) -> NDArray[np.float64]:
-        """Return the loss of each window, (windows,), nats per token.
+        """Return v of each window, (windows,), nats per token.
 
         Raises
         ------
@@ -100,6 +100,7 @@ def set_table(job: Job, progress: Progress = lambda *_: None) -> Table:
         resident = resident_blocks(
             spec, windows=windows, window_tokens=window_tokens, batch_tokens=TOKENS_PER_BATCH["cuda"],
             itemsize=dtype.itemsize, statistics=job.backend.statistics, free_bytes=free_gpu_bytes(),
+            objective=job.settings.objective,
         )  # fmt: skip
     with memory_told():
         walk = open_walk(job.directory, spec, job.windows, device, dtype)
@@ -114,7 +115,7 @@ def prepare_game(
     Arguments and errors as for :meth:`Game.prepare` and :func:`set_table`.
     """
     done = iter(range(1, job.spec.n_blocks + 1))
-    game = Game(walk, job.settings.players)
+    game = Game(walk, job.settings.players, job.settings.objective)
     prepared = game.prepare(
         lambda tensor: torch.from_numpy(read_tensor(job.directory, tensor)),
         job.backend,

@@ -116,7 +116,7 @@ def ladder(
     """
     job, header = _job(model, game, kept, revision, allow_fallback, progress)
     journal = Journal(
-        out.with_name(f"{out.name}.journal"), {"model": job.spec.content_sha256, **dataclasses.asdict(job.settings)}
+        out.with_name(f"{out.name}.journal"), {"model": job.spec.content_sha256, **job.settings.identity()}
     )
     played, types = None, game.types
     if game.walks:
@@ -172,7 +172,10 @@ def _job(
     longest = max(game.tokens, 0 if backend.statistics == "none" else game.calibration_tokens)
     text = calibration_windows(directory, game.calibration, longest, game.window_tokens)
     windows, seen = text.first(game.tokens), text.first(game.calibration_tokens)
-    settings = game_settings(game.backend, backend, windows, players=game.players, device=device, calibration=seen)
+    settings = game_settings(
+        game.backend, backend, windows, players=game.players, device=device, calibration=seen,
+        objective=game.measured_objective,
+    )  # fmt: skip
     header = header_bytes(spec, tokenizer_of(directory, spec))
     return Job(directory.resolve(), spec, backend, windows, settings, seen, kept), header
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from impq_edge.backends import BITS
 from impq_edge.backends.kquant import KQuant
 from impq_edge.impq.allocate import average_bits_constraint
-from impq_edge.impq.allocation import PUBLISHED_TYPES
+from impq_edge.impq.allocation import PUBLISHED_TYPES, Objective
 from impq_edge.impq.baselines import METRICS, baseline_bits
 from impq_edge.model.calibration import Windows
 from impq_edge.model.players import Player
@@ -26,7 +26,7 @@ from impq_edge.spqe.surrogate import ADDITIVE, Prior
 from impq_edge.spqe.table import Job, Progress
 from impq_edge.study import methods
 from impq_edge.study.cells import Answer, Cell, Exam, Unquantised
-from impq_edge.study.lab import Asked, Lab, Objective
+from impq_edge.study.lab import Asked, Lab
 from impq_edge.study.methods import Answers, Setting
 from impq_edge.study.remembering import Remembering
 
