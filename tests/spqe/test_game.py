@@ -69,6 +69,24 @@ def test_losses_are_those_of_the_whole_model(checkpoints: dict[str, Path], archi
         assert game.losses(coalition) == pytest.approx(expected, abs=2e-5)
 
 
+def test_divergences_are_those_of_the_whole_model(checkpoints: dict[str, Path]) -> None:
+    directory, tokens = checkpoints["qwen3"], windows(count=3)
+    spec = read_model(directory)
+    game = Game(open_walk(directory, spec, Windows(tokens, ""), CPU, torch.float32), objective="divergence")
+    prepared = prepare(game, directory)
+    assert prepared.reference_losses == pytest.approx(library_losses(directory, tokens, None, ""), abs=2e-5)
+    ids, coalition = torch.from_numpy(tokens), (2, 4, 2)
+    whole, quantised = (load_model(directory, spec, CPU, torch.float32) for _ in range(2))
+    for player, bits in zip(players_of(spec, "blocks"), coalition, strict=True):
+        for tensor in player.tensors:
+            stored = backend_of("kquant").quantise(torch.from_numpy(read_tensor(directory, tensor)), bits)
+            quantised.get_parameter(tensor.name).data.copy_(stored.weight)
+    with torch.inference_mode():
+        p, q = (m(input_ids=ids, use_cache=False).logits[:, :-1].double().log_softmax(-1) for m in (whole, quantised))
+    expected = (p.exp() * (p - q)).sum(-1).mean(dim=1).numpy()
+    assert game.losses(coalition) == pytest.approx(expected, abs=2e-6)
+
+
 @pytest.mark.parametrize(("architecture", "players"), [("llama", "tensors"), ("gemma2", "sublayers")])
 def test_losses_of_finer_players_are_those_of_the_whole_model(
     checkpoints: dict[str, Path], architecture: str, players: PlayerKind

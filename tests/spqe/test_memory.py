@@ -44,6 +44,14 @@ def test_80_gib_hold_both_versions_of_an_8b_model() -> None:
     assert placed(llama(*LLAMA_8B), 79) == placed(llama(*LLAMA_8B), 79, statistics="hessian") == 32
 
 
+def test_divergences_keep_something_of_the_unquantised_model() -> None:
+    """Of 2,048 and 3,584 tokens the probabilities, 1.0 and 1.7 GiB; of 16,384 what enters the head, and room to make 7.8 GiB anew."""
+    spec = llama(*LLAMA_8B)
+    for windows in (4, 7, 32):
+        held, judged = (placed(spec, 22, windows=windows, objective=what) for what in ("loss", "divergence"))
+        assert 1 <= held - judged <= 3, (windows, held, judged)
+
+
 def test_24_gib_stream_some_blocks_of_an_8b_model() -> None:
     """Its blocks take 13 GiB in bfloat16, both versions 26, and the activations of 16,384 tokens 8."""
     spec = llama(*LLAMA_8B)

@@ -47,6 +47,8 @@ def found(*phi: float) -> Estimate:
         ({"method": "rounds", "curve": "2.5,5"}, ("--curve '2.5,5' is no list", "write it like 2.5,3")),
         ({"method": "rounds", "curve": ""}, ("--curve ''", "write it like 2.5,3")),
         ({"method": "impq", "curve": "2.5"}, ("--curve 2.5 is for --method rounds", "leave it out")),
+        ({"objective": "both"}, ("--objective 'both'", "loss, divergence")),
+        ({"types": (2, 3), "objective": "divergence"}, ("--objective divergence is for the game", "leave it out")),
         ({"types": (2, 3, 4), "curve": "2.5"}, ("--curve 2.5 is for --method rounds", "leave it out")),
     ],
 )
@@ -119,3 +121,10 @@ def test_anything_else_is_refused_in_one_sentence(spec: ModelSpec, text: str) ->
         stability_answer(text, spec, "blocks")
     told = str(caught.value)
     assert told == (f"--until-stable {text!r} is neither 'order' nor average bits from 2 to 4; write it like 2.5,3.")
+
+
+def test_rounds_measure_divergences_and_the_paper_losses() -> None:
+    assert GameOptions(method="rounds").measured_objective == "divergence"
+    assert GameOptions(method="impq").measured_objective == GameOptions(types=(2, 3, 4)).measured_objective == "loss"
+    assert GameOptions(method="rounds", objective="loss").measured_objective == "loss"
+    assert GameOptions(method="impq", objective="divergence").measured_objective == "divergence"

@@ -195,3 +195,12 @@ def test_a_file_with_a_wrong_draw_is_refused(spec: ModelSpec, tmp_path: Path) ->
     path.write_text(json.dumps(values))
     with pytest.raises(SensitivityError, match="draws are not of 6 players"):
         SensitivityProfile.load(path)
+
+
+def test_records_of_losses_do_not_name_the_objective() -> None:
+    """Their identities, and the journals of runs under way, are older than the other objective."""
+    settings = GameSettings({"name": "kquant"}, "blocks", "", 192, 64, "cpu", "float32")
+    other = dataclasses.replace(settings, objective="divergence")
+    assert "objective" not in settings.identity()
+    assert other.identity() == {**settings.identity(), "objective": "divergence"}
+    assert other.calibration() == settings.calibration(), "what is encoded is the same"
