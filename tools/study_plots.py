@@ -233,7 +233,7 @@ def _legend(figure: Any, ours: str) -> None:
 
 def plot_regret(rows: Sequence[Regret], ours: str, path: Path) -> Path:
     """Draw bars of every method's perplexity above the best known allocation, in all models and in each."""
-    held_out = _shown(rows)
+    held_out = _shown(rows, ours)
     models = _models(held_out)
     every = {row.method: row.median_nats or 0.0 for row in held_out if row.model == EVERY_MODEL}
     methods = sorted(every, key=lambda method: -every[method])
@@ -252,10 +252,13 @@ def plot_regret(rows: Sequence[Regret], ours: str, path: Path) -> Path:
     return path
 
 
-def _shown(rows: Sequence[Regret]) -> list[Regret]:
-    """Leave out what is not of held-out texts, and methods told of the divergence: these are in the tables."""
+def _shown(rows: Sequence[Regret], ours: str) -> list[Regret]:
+    """Leave out what is not of held-out texts, and others told of the divergence: these are in the tables."""
     return [
-        row for row in rows if row.judged == HELD_OUT and row.median_nats is not None and not row.method.endswith("-kl")
+        row
+        for row in rows
+        if row.judged == HELD_OUT and row.median_nats is not None
+        if row.method == ours or not row.method.endswith("-kl")
     ]
 
 
@@ -304,7 +307,7 @@ def _percent(value: float) -> str:
 
 def plot_evaluations(rows: Sequence[Regret], ours: str, path: Path) -> Path:
     """Draw every method's evaluations against its regret on held-out texts, in all models and in each."""
-    held_out = _shown(rows)
+    held_out = _shown(rows, ours)
     models = _models(held_out)
     across = min(2, len(models))
     down = math.ceil(len(models) / across)
