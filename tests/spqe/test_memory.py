@@ -45,7 +45,7 @@ def test_80_gib_hold_both_versions_of_an_8b_model() -> None:
 
 
 def test_divergences_keep_something_of_the_unquantised_model() -> None:
-    """Of 2,048 and 3,584 tokens the probabilities, 1.0 and 1.7 GiB; of 16,384 what enters the head, and room to make 7.8 GiB anew."""
+    """Of 2,048 and 3,584 tokens the probabilities, 1.0 and 1.7 GiB; of 16,384 room to make 7.8 GiB anew."""
     spec = llama(*LLAMA_8B)
     for windows in (4, 7, 32):
         held, judged = (placed(spec, 22, windows=windows, objective=what) for what in ("loss", "divergence"))
