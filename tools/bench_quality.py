@@ -514,7 +514,7 @@ class _Workshop:
         from impq_edge.spqe.options import GameOptions
 
         walks = self._settings.permutations
-        game = GameOptions(**{**self._game(), "players": "blocks", "permutations": walks})
+        game = GameOptions(**{**self._game(), "players": "blocks", "method": "impq", "permutations": walks})
         return stages.profile(
             self._model, out=self._folder / f"profile-{walks}.json", game=game, kept=self._folder / "encoded",
             allow_fallback=self._options.allow_fallback, progress=self._tell,

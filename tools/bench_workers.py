@@ -34,7 +34,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
-    game = impq_edge.GameOptions(backend=options.backend, permutations=options.permutations, tokens=options.tokens)
+    game = impq_edge.GameOptions(
+        method="impq", backend=options.backend, permutations=options.permutations, tokens=options.tokens
+    )
     with tempfile.TemporaryDirectory() as folder:
         model = make_checkpoint(Path(folder) / "model", options.hidden, options.ffn, options.blocks)
         gpus = torch.cuda.device_count()

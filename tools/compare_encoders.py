@@ -45,8 +45,9 @@ def _compare(model: str, folder: Path, encode: EncodeOptions, text: Path, window
     reference = folder / "f16.gguf"
     impq_edge.convert(model, type="f16", out=reference)
     game = impq_edge.GameOptions(
-        permutations=2, backend_settings={"encode": "rtn"}, compute=encode.compute, calibration=encode.calibration
-    )
+        method="impq", permutations=2, backend_settings={"encode": "rtn"}, compute=encode.compute,
+        calibration=encode.calibration,
+    )  # fmt: skip
     profile = impq_edge.profile(model, out=folder / "profile.json", game=game)
     mix = impq_edge.allocate(profile, device="laptop-16gb", average_bits=3)
     wanted: dict[str, dict[str, Any]] = {
