@@ -1,4 +1,4 @@
-"""What an allocation costs that was chosen on one backend's losses and ships as K-quants."""
+"""What an allocation costs that was chosen on what one backend measured and ships as K-quants."""
 
 import dataclasses
 from pathlib import Path
@@ -27,7 +27,7 @@ CLEAR_ERRORS = 2.0
 
 @dataclasses.dataclass(frozen=True)
 class BackendLosses(Record):
-    """Calibration losses of one allocation on the profile's backend and on the K-quants that ship.
+    """v of one allocation, loss or divergence, on the profile's backend and on the K-quants that ship.
 
     Beside it stands what K-quants would have chosen by themselves, from N measurements: every player alone at 2 bit,
     and the program without interactions. It is no better method, only the right backend; where even it does better,
@@ -53,8 +53,8 @@ class BackendLosses(Record):
     def warning(self, backend: str) -> str:
         """Return the sentence for who should know."""
         return (
-            f"Allocated by {backend}'s losses, the file loses {self.lost:.4f} ± {self.lost_stderr:.4f} nats/token to "
-            "what K-quants' own losses choose from one measurement a player: play the game with --backend kquant."
+            f"Allocated by what {backend} measured, the file loses {self.lost:.4f} ± {self.lost_stderr:.4f} nats/token "
+            "to what K-quants themselves choose from one measurement a player: play the game with --backend kquant."
         )
 
 
