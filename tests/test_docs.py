@@ -241,6 +241,35 @@ def test_named_symbols_exist(page: str) -> None:
             assert f"def {match[2]}(" in (ROOT / match[1]).read_text("utf-8"), f"{span} is not there"
 
 
+def test_the_backend_of_the_guide_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from impq_edge import backends
+
+    [code] = [token.content for token in tokens(DOCS / "adding-a-backend.md") if token.info == "python"]
+    (tmp_path / "extremes_of_the_guide.py").write_text(code, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(backends._CLASSES, "extremes", ("extremes_of_the_guide", "Extremes"))
+    backend = backends.load_backend("extremes", shrink=0.9)
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    coarse, fine = (backend.quantise(weight, bits) for bits in backends.BITS)
+    assert 0 < (fine.weight - weight).square().mean() < (coarse.weight - weight).square().mean() < 0.5
+    assert (coarse.bits_per_weight, fine.bits_per_weight) == (3, 5)
+    assert all(len(row.unique()) <= 4 for row in coarse.weight)
+    assert backends.describe("extremes", backend)["shrink"] == 0.9
+    with pytest.raises(errors.BackendError, match="shrink is 0"):
+        backends.load_backend("extremes", shrink=0)
+
+
+def test_formats_in_concepts_are_those_of_files() -> None:
+    from impq_edge.ggml.types import LADDER
+
+    page = (DOCS / "concepts.md").read_text("utf-8")
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in page.splitlines() if row.startswith("| Q")]
+    told = {int(row[1]): (row[0].lower(), int(row[4]), float(row[5])) for row in rows}
+    assert told == {bits: (str(kind), kind.block_bytes, kind.bits_per_weight) for bits, kind in LADDER.items()}
+
+
 def symbol_exists(dotted: str) -> bool:
     parts = dotted.split(".")
     for end in range(len(parts), 0, -1):
