@@ -24,7 +24,9 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
 WORKFLOW = DOCS / "github-actions" / "release.yml"
+SOURCES = sorted((ROOT / "impq_edge").rglob("*.py"))
 PROGRAM = "impq-edge"
+AWAITED = {"release", "verify"}  # commands that pages tell of and the command line may not have yet
 
 
 def name_of(path: Path) -> str:
@@ -116,7 +118,7 @@ def command_of(words: list[str]) -> tuple[Any, list[str]]:
 def why_not(words: list[str]) -> str:
     """Return why the command line refuses words, or nothing."""
     command, rest = command_of(words)
-    if "--help" in rest:
+    if "--help" in rest or is_awaited(words):
         return ""
     if not words or (command.name not in words and rest[:1] != ["--help"]):
         return f"there is no command {rest[:1]}"
@@ -129,9 +131,17 @@ def why_not(words: list[str]) -> str:
     return ""
 
 
+def is_awaited(words: list[str]) -> bool:
+    return words[:1] != [] and words[0] in AWAITED - set(get_command(app).commands)  # type: ignore[attr-defined]
+
+
+def code_in(page: Path) -> list[str]:
+    """Return blocks of code; what is no shell, such as a usage, says so."""
+    return [t.content for t in tokens(page) if t.type == "code_block" or (t.type == "fence" and t.info != "text")]
+
+
 def commands_in(page: Path) -> list[list[str]]:
-    blocks = [token.content for token in tokens(page) if token.type in {"fence", "code_block"}]
-    found = [words_of(line) for block in blocks for line in lines_of(block)]
+    found = [words_of(line) for block in code_in(page) for line in lines_of(block)]
     return [words for words in found if words]
 
 
@@ -146,7 +156,7 @@ def test_commands_and_options_in_sentences_exist(page: Path) -> None:
     spans = [" ".join(t.content.split()) for t in inline(page) if t.type == "code_inline"]
     for span in (span for span in spans if span.startswith(f"{PROGRAM} ")):
         words = [word for word in span.split()[1:] if word not in {"…", "..."}]
-        if not words or words[0].isupper() or words[0] == "--help":
+        if not words or words[0].isupper() or words[0] == "--help" or is_awaited(words):
             continue
         command, rest = command_of(words)
         assert command.name == words[0] or words[0] in {"devices"}, f"{span}: there is no such command"
@@ -165,13 +175,12 @@ def test_a_wrong_command_is_noticed() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_files_that_commands_name_are_there(page: Path) -> None:
-    blocks = [token.content for token in tokens(page) if token.type in {"fence", "code_block"}]
     spans = [token.content for token in inline(page) if token.type == "code_inline"]
     rooms = "tools|scripts|tests|impq_edge|docs|devices|profiles"
-    for text in (*blocks, *spans):
+    for text in (*code_in(page), *spans):
         for path in re.findall(rf"(?<![\w/.-])(?:{rooms})/[\w./-]*\w", text):
-            generated = path.startswith("docs/study/cells/")
-            assert generated or (ROOT / path).exists(), f"{path} is not there"
+            # Pages on the code name its files within their room.
+            assert (ROOT / path).exists() or (ROOT / "impq_edge" / path).exists(), f"{path} is not there"
 
 
 # The workflow.
@@ -200,6 +209,17 @@ def test_the_workflow_is_one_and_its_parts_belong_together() -> None:
     used = [step.get("uses", "") for step in steps()]
     for action in ("actions/checkout", "actions/setup-python", "actions/cache", "actions/upload-artifact"):
         assert any(name.startswith(action) for name in used), f"{action} is missing"
+
+
+def test_the_release_of_the_example_is_one(tmp_path: Path) -> None:
+    order = pytest.importorskip("impq_edge.releases.order")
+    [block] = [t.content for t in tokens(WORKFLOW.parent / "README.md") if t.info == "toml"]
+    (tmp_path / "release.toml").write_text(block, "utf-8")
+    asked = order.load_order(tmp_path / "release.toml")
+    workflow = yaml.safe_load(WORKFLOW.read_text("utf-8"))["env"]
+    assert [(m.model, m.revision, m.profile) for m in asked.models] == [
+        (workflow["MODEL"], workflow["REVISION"], workflow["PROFILE"])
+    ]
 
 
 # Devices.
@@ -289,15 +309,20 @@ def symbol_exists(dotted: str) -> bool:
 # Errors.
 
 
-def stages_of_errors() -> dict[str, type[errors.ImpqError]]:
-    found = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type)}
-    return {name: kind for name, kind in found.items() if issubclass(kind, errors.ImpqError)}
+def error_names() -> set[str]:
+    """Return the names of all classes of errors, also of those that are beside the code that raises them."""
+    names = {"ImpqError"}
+    found = [node for path in SOURCES for node in ast.walk(ast.parse(path.read_text("utf-8")))
+             if isinstance(node, ast.ClassDef)]  # fmt: skip
+    while more := {n.name for n in found if names & {ast.unparse(base) for base in n.bases}} - names:
+        names |= more
+    return names
 
 
 def messages() -> dict[str, list[tuple[str, str]]]:
     """Return class → (file, message) of every error that the package makes; `…` where a value goes."""
-    found: dict[str, list[tuple[str, str]]] = {name: [] for name in stages_of_errors()}
-    for path in sorted((ROOT / "impq_edge").rglob("*.py")):
+    found: dict[str, list[tuple[str, str]]] = {name: [] for name in error_names()}
+    for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in found and node.args:
                 found[node.func.id].append((str(path.relative_to(ROOT)), template(node.args[0])))
@@ -312,7 +337,7 @@ def template(node: ast.expr) -> str:
 
 def strings() -> str:
     """Return every text of the package, where messages are put together from parts."""
-    nodes = (n for path in sorted((ROOT / "impq_edge").rglob("*.py")) for n in ast.walk(ast.parse(path.read_text("utf-8"))))
+    nodes = (node for path in SOURCES for node in ast.walk(ast.parse(path.read_text("utf-8"))))
     return "\n".join(template(n) for n in nodes if isinstance(n, ast.Constant | ast.JoinedStr))
 
 
@@ -325,34 +350,34 @@ def quoted() -> list[str]:
 def test_every_message_that_troubleshooting_quotes_can_be_raised() -> None:
     texts = strings()
     assert len(quoted()) > 50
-    for message in quoted():
-        parts = [part.strip() for part in message.split("…") if part.strip()]
-        pattern = r"[^\n]*?".join(map(re.escape, parts))
-        assert re.search(pattern, texts), f"nothing says {message!r}"
+    unsaid = [message for message in quoted() if not re.search(pattern_of(message), texts)]
+    assert not unsaid, f"nothing says {unsaid}"
+
+
+def pattern_of(message: str) -> str:
+    return r"[^\n]*?".join(re.escape(part.strip()) for part in message.split("…") if part.strip())
 
 
 def is_told(message: str) -> bool:
-    return any(
-        re.search(r"[^\n]*?".join(re.escape(part.strip()) for part in told.split("…") if part.strip()), message)
-        for told in quoted()
-    )
+    return any(re.search(pattern_of(told), message) for told in quoted())
 
 
-@pytest.mark.parametrize("kind", sorted(stages_of_errors().keys() - {"ImpqError"}))
+@pytest.mark.parametrize("kind", sorted(error_names() - {"ImpqError"}))
 def test_every_class_of_error_is_told(kind: str) -> None:
     assert any(is_told(message) for _, message in messages()[kind]), f"no {kind} is in docs/troubleshooting.md"
     assert f"`{kind}`" in (DOCS / "troubleshooting.md").read_text("utf-8")
 
 
-def test_every_file_that_raises_errors_is_told() -> None:
-    """One message each at least, of those whose text is in the file; the study's are for maintainers."""
-    told: dict[str, bool] = {}
-    for found in messages().values():
+def test_every_room_that_raises_a_class_of_errors_is_told() -> None:
+    """One message each at least, of those whose text stands where they are raised; the study's are for maintainers."""
+    told: dict[tuple[str, str], bool] = {}
+    for kind, found in messages().items():
         for path, message in found:
-            if message.strip("… ") and not path.startswith("impq_edge/study/"):
-                told[path] = told.get(path, False) or is_told(message)
-    lost = sorted(path for path, is_there in told.items() if not is_there)
-    assert not lost, f"docs/troubleshooting.md tells no message of {', '.join(lost)}"
+            room = Path(path).parts[1]
+            if message.strip("… ") and room != "study":
+                told[room, kind] = told.get((room, kind), False) or is_told(message)
+    lost = sorted(" of ".join(reversed(key)) for key, is_there in told.items() if not is_there)
+    assert not lost, f"docs/troubleshooting.md tells no {', no '.join(lost)}"
 
 
 def test_exit_codes_are_told() -> None:

@@ -96,7 +96,7 @@ def _body(name: str, command: Any, heading: str) -> Iterator[str]:
     # The docstring as it stands: typer's copy of a group's help leaves out that of its callback.
     told = "\n\n".join(dict.fromkeys([command.help, _docstring(command)]))
     yield "\n\n".join(_prose(told))
-    yield from ("", "```sh", _usage(name, command), "```")
+    yield from ("", "```text", _usage(name, command), "```")
     examples = [" ".join(found.split()) for found in _EXAMPLE.findall(told)]
     if examples:
         yield from ("", f"{heading} Examples", "", "```sh", *examples, "```")
