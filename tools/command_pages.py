@@ -106,7 +106,7 @@ def _body(name: str, command: Any, heading: str) -> Iterator[str]:
     if arguments:
         yield from ("", f"{heading} Arguments", "", "| argument | takes | |", "|---|---|---|")
         for p in arguments:
-            yield f"| `{p.name.upper()}` | {takes[p.name].told()} | {_cell(p.help)} |"
+            yield f"| `{p.metavar or p.name.upper()}` | {takes[p.name].told()} | {_cell(p.help)} |"
     if options:
         yield from ("", f"{heading} Options", "", "| option | takes | default | |", "|---|---|---|---|")
         for p in options:
@@ -125,9 +125,9 @@ def _prose(told: str) -> list[str]:
 
 
 def _usage(name: str, command: Any) -> str:
-    wanted = [f"{p.opts[0]} {p.name.upper()}" for p in command.params if p.required and p.param_type_name == "option"]
-    words = [p.name.upper() if p.required else f"[{p.name.upper()}]"
-             for p in command.params if p.param_type_name == "argument"]  # fmt: skip
+    shown = [(p, p.metavar or p.name.upper()) for p in command.params]
+    wanted = [f"{p.opts[0]} {word}" for p, word in shown if p.required and p.param_type_name == "option"]
+    words = [word if p.required else f"[{word}]" for p, word in shown if p.param_type_name == "argument"]
     return " ".join([name, *words, *wanted, "[OPTIONS]"])
 
 
