@@ -82,7 +82,16 @@ def test_a_profile_as_asked_for(checkpoints: dict[str, Path], tmp_path: Path) ->
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     told, made = json.loads(done.stdout), SensitivityProfile.load(out)
-    assert told.keys() == {"profile", "sha256", "players", "phi", "phi_stderr", "evaluations", "stopped_by"}
+    assert told.keys() == {
+        "profile",
+        "sha256",
+        "players",
+        "objective",
+        "phi",
+        "phi_stderr",
+        "evaluations",
+        "stopped_by",
+    }
     assert told["players"] == [f"blk.{block}.{part}" for block in range(3) for part in ("attn", "ffn")]
     assert (told["profile"], told["sha256"]) == (str(out), made.identity())
     assert tuple(told["phi"]) == made.phi and tuple(told["phi_stderr"]) == made.phi_stderr
@@ -115,7 +124,7 @@ def test_a_game_in_rounds_and_what_is_chosen_from_it(checkpoints: dict[str, Path
     chosen, solved = json.loads(allocated("--json").stdout), json.loads(allocated("--method", "impq", "--json").stdout)
     assert chosen["evidence"]["is_measured"] and chosen["lower_bound"] is None and chosen["alpha"] is None
     assert "evidence" not in solved and solved["lower_bound"] is not None and solved["alpha"] == 0.5
-    assert "the best of 32 measured coalitions that fits, calibration loss " in allocated().stdout
+    assert "the best of 32 measured coalitions that fits, KL divergence from " in allocated().stdout
     assert "nats/token, optimal" in allocated("--method", "impq").stdout
 
 

@@ -306,7 +306,7 @@ def test_a_build_in_rounds_ships_the_best_that_was_measured(played: tuple[Build,
     ]
     assert evidence.loss == min(fits)
     assert made.artifact.tensor_types == made.allocation.tensor_types
-    assert any("the best of 32 measured coalitions that fits, calibration loss" in sentence for sentence in told)
+    assert any("the best of 32 measured coalitions that fits, KL divergence from" in sentence for sentence in told)
     assert any(sentence.startswith("The game is played in rounds, 32 evaluations at most;") for sentence in told)
 
 
