@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from impq_edge.devices.latency import Rate, predict_speeds
 from impq_edge.devices.memory import MemoryPlan
+from impq_edge.impq.allocation import average_bits
 from impq_edge.model.mixes import stock_types
 from impq_edge.model.players import Player
 from impq_edge.model.recipe import data_bytes
@@ -48,17 +49,22 @@ class Pairs:
     covariance: NDArray[np.float64]  # in nats²
     are_blocks: bool  # sums over the players of a block
 
+    @property
+    def largest(self) -> float:
+        """The largest absolute value between two players."""
+        return float(np.abs(self.covariance - np.diag(np.diag(self.covariance))).max())
+
 
 def stock_mixes(c: Comparison) -> list[Stock]:
     """Return the stock mixes around the files that were made, with the header that this file has."""
     spec, largest = c.profile.model, max(artifact.file_bytes for artifact, _ in c.files.values())
-    found = []
+    found: list[Stock] = []
     for name in (*_STOCK, *_LARGER_STOCK):
+        if name not in _STOCK and found[-1].file_bytes > largest:
+            break
         size = c.allocation.header_bytes + data_bytes(spec, stock_types(spec, name))
         found.append(Stock(name, size, 8 * size / spec.weights))
-        if name not in _STOCK and size > largest:  # the first that is larger closes the range
-            break
-    return found if largest > found[len(_STOCK) - 1].file_bytes else found[: len(_STOCK)]
+    return found
 
 
 def players(c: Comparison) -> tuple[Player, ...]:
@@ -132,7 +138,8 @@ def rate_told(rate: Rate | None) -> str:
     if rate is None:
         return "not known"
     low, likely, high = (
-        f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in (rate.low_tok_per_s, rate.likely_tok_per_s, rate.high_tok_per_s)
+        f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+        for x in (rate.low_tok_per_s, rate.likely_tok_per_s, rate.high_tok_per_s)
     )
     return f"{likely} tok/s ({low} to {high})"
 
@@ -191,6 +198,7 @@ def points(c: Comparison) -> list[Point]:
 class Coalition:
     """One assignment of bits whose loss was measured."""
 
+    bits: tuple[int, ...]  # (N,)
     average_bits: float
     increase: float  # over all at 4 bit, nats per token
     fits: bool
@@ -199,16 +207,12 @@ class Coalition:
 
 def coalitions(c: Comparison, found: SensitivityProfile) -> list[Coalition]:
     """Return everything that the game evaluated, in its order."""
-    inside = [player for player in players(c) if player.block is not None]
-    weights = np.array([player.weights for player in inside], dtype=float)
-    chosen = c.allocation.player_bits
-    none = found.losses[(4,) * found.n_players]
-    if c.allocation.types != (2, 4):
-        return []
+    losses, who, allocation = found.losses, found.who, c.allocation
+    none = losses[(4,) * len(who)]
     return [
         Coalition(
-            float(weights @ np.array(bits) / weights.sum()), loss - none,
-            c.allocation.problem.is_feasible([bit // 2 - 1 for bit in bits]), bits == chosen,
+            bits, average_bits(who, bits), loss - none,
+            allocation.problem.is_feasible([bit // 2 - 1 for bit in bits]), bits == allocation.player_bits,
         )
-        for bits, loss in found.losses.items()
+        for bits, loss in losses.items()
     ]  # fmt: skip

@@ -73,6 +73,34 @@ def draw(name: str, label: str, paint: Paint, *, wide_px: float, narrow_px: floa
     )
 
 
+def canvas(figure: "Figure", wide: bool, height_px: float) -> Any:
+    """Return axes over all of a figure, whose units are pixels from the upper left."""
+    figure.set_layout_engine("none")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_xlim(0, WIDE_PX if wide else NARROW_PX)
+    axes.set_ylim(height_px, 0)
+    axes.set_axis_off()
+    return axes
+
+
+def words(
+    axes: Any, x: float, y: float, text: str, role: str, *, ha: str = "center", va: str = "center_baseline",
+    rotation: float = 0.0,
+) -> None:  # fmt: skip
+    """Write on a canvas."""
+    axes.text(x, y, text, color=colour(role), ha=ha, va=va, rotation=rotation)
+
+
+def box(axes: Any, place: tuple[float, float, float, float], role: str, told: str, alpha: float = 1.0) -> None:
+    """Fill a box (left, top, width, height) of a canvas, with a tooltip."""
+    from matplotlib.patches import Rectangle
+
+    left, top, width, height = place
+    axes.add_patch(
+        Rectangle((left, top), width, height, facecolor=colour(role), linewidth=0, alpha=alpha, gid=tip(told))
+    )
+
+
 def _painted(name: str, label: str, paint: Paint, width_px: float, height_px: float) -> str:
     from matplotlib import style
     from matplotlib.figure import Figure
