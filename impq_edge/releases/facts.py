@@ -1,4 +1,4 @@
-"""What a report tells that no record holds, computed from the records: nothing here is measured, and nothing guessed."""
+"""What a report tells that no record holds, computed from the records; nothing is measured, and nothing guessed."""
 
 import dataclasses
 import math
@@ -19,6 +19,7 @@ from impq_edge.spqe.profile import SensitivityProfile
 _MIB = 2**20
 _STOCK = ("Q2_K", "Q3_K_M", "Q4_K_M")
 _LARGER_STOCK = ("Q5_K_M", "Q6_K", "Q8_0")
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _SHOWN_PAIRS = 100  # rows of a heat map, beyond which players are joined into their blocks
 
 
@@ -53,6 +54,12 @@ class Pairs:
     def largest(self) -> float:
         """The largest absolute value between two players."""
         return float(np.abs(self.covariance - np.diag(np.diag(self.covariance))).max())
+
+    @property
+    def scale(self) -> tuple[float, str]:
+        """What to multiply covariances with so that they read well, and the unit they then have."""
+        exponent = 3 * math.floor(math.log10(self.largest) / 3) if self.largest else 0
+        return 10.0**-exponent, f"10{str(exponent).translate(_SUPERSCRIPT)} nats²" if exponent else "nats²"
 
 
 def stock_mixes(c: Comparison) -> list[Stock]:

@@ -28,12 +28,13 @@ def quality(c: Comparison) -> Drawing | None:
         return None
 
     def paint(figure: "Figure", wide: bool) -> None:
-        axes = figure.subplots()
-        _paint_files(axes, files, wide)
-        _paint_stock(axes, stock)
-        axes.set_xlabel("file, MiB")
+        axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(1, 0.22 if wide else 0.34))
+        axes.margins(x=0.14, y=0.2)
+        _paint_files(axes, files)
+        _paint_stock(below, stock, wide)
+        axes.tick_params(axis="x", bottom=False)
         axes.set_ylabel("loss beyond 4 bit, nats/token")
-        axes.margins(x=0.12, y=0.12)
+        below.set_xlabel("file, MiB")
 
     label = "Loss beyond all blocks at 4 bit against file size: " + "; ".join(
         f"{point.name} {point.file_bytes / _MIB:,.1f} MiB, {point.difference:+.4f}" for point in files
@@ -41,7 +42,7 @@ def quality(c: Comparison) -> Drawing | None:
     return draw("quality", label, paint, wide_px=380, narrow_px=330)
 
 
-def _paint_files(axes: Any, files: list[Point], wide: bool) -> None:
+def _paint_files(axes: Any, files: list[Point]) -> None:
     uniform = sorted((p.file_bytes / _MIB, p.difference) for p in files if p.name.startswith("all "))
     if len(uniform) > 1:
         axes.plot(*zip(*uniform, strict=True), "--", color=colour("muted"), linewidth=1)
@@ -53,22 +54,25 @@ def _paint_files(axes: Any, files: list[Point], wide: bool) -> None:
             [size], [point.difference], yerr=[error], fmt="o" if ours else "s", markersize=9 if ours else 7,
             color=colour("ours" if ours else "muted"), capsize=4, gid=tip(told),
         )  # fmt: skip
-        middle = sorted(p.file_bytes for p in files)[len(files) // 2] / _MIB
         axes.annotate(
-            f"{point.name}\nperplexity {point.perplexity:.2f}", (size, point.difference), xytext=(0, 14),
-            textcoords="offset points", ha="center" if wide else ("left" if size < middle else "right"), va="bottom",
-            color=colour("ours" if ours else "ink"), weight="bold" if ours else "normal",
+            f"{point.name.replace('blocks at ', '')}\nperplexity {point.perplexity:.2f}", (size, point.difference),
+            xytext=(0, -12) if ours else (10, 2), textcoords="offset points", ha="center" if ours else "left",
+            va="top" if ours else "bottom", color=colour("ours" if ours else "ink"),
+            weight="bold" if ours else "normal",
         )  # fmt: skip
 
 
-def _paint_stock(axes: Any, stock: list[Stock]) -> None:
-    """As ticks above the axis of sizes."""
-    across = axes.get_xaxis_transform()
-    for mix in stock:
-        size = mix.file_bytes / _MIB
-        axes.plot([size, size], [0, 0.05], color=colour("cool"), linewidth=3, transform=across,
-                  gid=tip(f"{mix.name}: {mix.file_bytes:,} bytes, not measured"))  # fmt: skip
-        axes.text(size, 0.065, mix.name, color=colour("cool"), ha="center", va="bottom", transform=across, rotation=90)
+def _paint_stock(axes: Any, stock: list[Stock], wide: bool) -> None:
+    """Their sizes alone, on a scale of its own."""
+    axes.set_ylim(0, 1)
+    axes.set_yticks([])
+    axes.grid(visible=False)
+    axes.spines["left"].set_visible(False)
+    for index, mix in enumerate(stock):
+        size, told = mix.file_bytes / _MIB, tip(f"{mix.name}: {mix.file_bytes:,} bytes, not measured")
+        axes.plot([size], [0.08], "|", color=colour("muted"), markersize=12, markeredgewidth=2, gid=told)
+        row = 0.55 if wide or index % 2 == 0 else 0.9  # neighbours get in each other's way on a phone
+        axes.text(size, row, mix.name, color=colour("ink"), ha="center", va="center")
 
 
 def measured(c: Comparison) -> Drawing | None:
@@ -78,9 +82,9 @@ def measured(c: Comparison) -> Drawing | None:
     found = coalitions(c, c.profile)
     shown = [each for each in found if not each.is_chosen][-_SHOWN_COALITIONS:]
 
-    def paint(figure: "Figure", wide: bool) -> None:
+    def paint(figure: "Figure", _wide: bool) -> None:
         axes = figure.subplots()
-        for fits, name, face in ((False, "too large", "none"), (True, "fits", colour("cool"))):
+        for fits, name, face in ((False, "over a limit", "none"), (True, "meets every limit", colour("cool"))):
             some = [each for each in shown if each.fits == fits]
             axes.plot(
                 [each.average_bits for each in some], [each.increase for each in some], "o", markersize=4,

@@ -46,6 +46,7 @@ from impq_edge.spqe.ladder import LadderProfile
 
 _MIB = 2**20
 _LISTED = 12  # rows of a table that shows the first of many
+_STATUS = {"passed": "✓ passed", "failed": "✗ failed", "not_checked": "not checked"}
 _LEFT_OUT = (
     "report.html was left out, since its plots need matplotlib: pip install 'impq-edge[report]', and run the same "
     "command again."
@@ -112,19 +113,18 @@ def _head(c: Comparison) -> dict[str, Any]:
     artifact, report = c.mix
     needed, there = c.plan.total_bytes, c.plan.memory_bytes
     rate = c.allocation.speeds.generation if c.allocation.speeds else None
-    against = (
-        "the 4-bit file" if report is c.uniform[4][1] else f"{difference_told(report, c.uniform[4][1])} nats/token"
-    )
+    against = "all blocks are at 4 bit"
+    if report is not c.uniform[4][1]:
+        against = f"{difference_told(report, c.uniform[4][1])} nats/token to 4 bit"
     key = [
-        ("File", f"{artifact.file_bytes / _MIB:,.1f} MiB", f"{artifact.bits_per_weight:.2f} bits per weight"),
-        ("Blocks on average", f"{c.allocation.average_bits:.2f} bits", f"{c.allocation.players} as players"),
-        ("Perplexity", "not finite" if report.perplexity is None else f"{report.perplexity:.2f}",
-         f"{against} to all blocks at 4 bit" if report is not c.uniform[4][1] else f"this is {against}"),
-        ("Memory, reserve included", f"{needed / _MIB:,.0f} MiB", f"of {there / _MIB:,.0f} on the device"),
-    ]  # fmt: skip
+        ("File", f"{artifact.file_bytes / _MIB:,.1f}", "MiB", f"{artifact.bits_per_weight:.2f} bits per weight"),
+        ("Blocks", f"{c.allocation.average_bits:.2f}", "bits", f"on average; {c.allocation.players} are the players"),
+        ("Perplexity", "∞" if report.perplexity is None else f"{report.perplexity:.2f}", "", against),
+        ("Memory", f"{needed / _MIB:,.0f}", "MiB", f"of {there / _MIB:,.0f}, the system's reserve included"),
+    ]
     if rate is not None:
-        number, _, told = rate_told(rate).partition(" tok/s ")
-        key.append(("Generation, predicted", f"{number} tok/s", f"{told.strip('()')} on the device"))
+        number, unit, told = rate_told(rate).split(" ", 2)
+        key.append(("Speed", number, unit, f"generation as predicted, {told.strip('()')}"))
     return {
         "title": f"{c.allocation.model_name} for {c.device.title}",
         "device": c.device.title,
@@ -146,7 +146,7 @@ def _files(c: Comparison) -> dict[str, Any]:
         for name, (artifact, report) in c.files.items()
     ]  # fmt: skip
     rows += [
-        (f"llama.cpp's {mix.name}", f"{mix.file_bytes:,}", f"{mix.bits_per_weight:.2f}", *["not measured"] * 4)
+        (f"stock {mix.name}", f"{mix.file_bytes:,}", f"{mix.bits_per_weight:.2f}", "not measured", *["–"] * 3)
         for mix in stock_mixes(c)
     ]
     return {
@@ -189,9 +189,8 @@ def _sensitivity(c: Comparison) -> dict[str, Any]:
         head = ["player", "bits", *(f"at {bits} bit" for bits in c.allocation.types)]
         title = "KL divergence at every width, 10⁻³ nats per token"
         caption = "Every player alone at every width; rings mark what was chosen. The scale is logarithmic."
-        for player, bits, row in zip(
-            players(c), c.allocation.player_bits, found.divergences(c.allocation.types), strict=False
-        ):
+        table = found.divergences(c.allocation.types)[: len(players(c))]
+        for player, bits, row in zip(players(c), c.allocation.player_bits, table, strict=True):
             rows.append((player.name, str(bits), *(f"{1e3 * value:.4f}" for value in row)))
     else:
         head, estimate = ["player", "bits", "φ, nats/token", "standard error"], found.estimate()
@@ -213,8 +212,8 @@ def _measured(c: Comparison) -> dict[str, Any]:
     best = sorted((each for each in tried if each.fits), key=lambda each: each.increase)[:_LISTED]
     return {
         "measured_plot": drawing,
-        "measured_caption": f"All {len(tried):,} coalitions whose loss the game measured on the calibration text; filled "
-        "are those that meet every limit, and the diamond is the choice.",
+        "measured_caption": f"All {len(tried):,} coalitions whose loss the game measured on the calibration text; "
+        "filled are those that meet every limit, and the diamond is the choice.",
         "measured_rows": [(to_text(each.bits), f"{each.average_bits:.3f}", f"{each.increase:+.5f}") for each in best],
     }
 
@@ -222,8 +221,8 @@ def _measured(c: Comparison) -> dict[str, Any]:
 def _pairs(c: Comparison) -> dict[str, Any]:
     drawing, pairs = heat_map(c), covariances(c)
     if drawing is None or pairs is None:
-        return {"pairs_plot": None, "pairs_told": "", "pair_rows": []}
-    matrix, names = pairs.covariance, pairs.names
+        return {"pairs_plot": None, "pairs_told": "", "pair_rows": [], "pair_unit": ""}
+    matrix, names, (factor, unit) = pairs.covariance, pairs.names, pairs.scale
     spread = np.sqrt(np.maximum(np.diag(matrix), 0.0))
     upper = [(i, j) for i in range(len(names)) for j in range(i)]
     strongest = sorted(upper, key=lambda pair: -abs(matrix[pair]))[:_LISTED]
@@ -231,13 +230,13 @@ def _pairs(c: Comparison) -> dict[str, Any]:
     for i, j in strongest:
         scale = spread[i] * spread[j]
         correlation = f"{matrix[i, j] / scale:+.2f}" if scale else "–"
-        rows.append((f"{names[j]}, {names[i]}", f"{matrix[i, j]:+.3e}", correlation))
+        rows.append((f"{names[j]}, {names[i]}", f"{factor * matrix[i, j]:+.3f}", correlation))
     told = (
-        "How the loss increases of two players vary together over the orders of the game (C). Where it is positive, "
-        "each of them harms more where the other harms more; where it is negative, less."
+        "How the players' increases vary together over random orders in which they drop to 2 bit: the covariance C. "
+        "Without interactions an increase is the same in every order, and C is zero."
     )
     joined = " Shown are the sums over the players of a block." if pairs.are_blocks else ""
-    return {"pairs_plot": drawing, "pairs_told": told + joined, "pair_rows": rows}
+    return {"pairs_plot": drawing, "pairs_told": told + joined, "pair_rows": rows, "pair_unit": unit}
 
 
 def _lent(c: Comparison) -> dict[str, Any]:
@@ -259,8 +258,7 @@ def _papers(c: Comparison, command: str) -> dict[str, Any]:
     run = ["llama-cli", "-m", artifact.artifact, "-c", context, "-t", str(c.device.threads)]
     run += [] if cache == "f16" else ["-ctk", cache, "-ctv", cache]
     return {
-        "check_rows": [(check.name.replace("_", " "), check.status.replace("_", " "), check.detail)
-                       for check in report.checks],
+        "check_rows": [(check.name.replace("_", " "), _STATUS[check.status], check.detail) for check in report.checks],
         "sample": sample(report),
         "command": command,
         "validate_command": shlex.join(

@@ -16,8 +16,8 @@ from impq_edge.spqe.ladder import LadderProfile
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_ROW_PX, _GAP_PX, _LARGEST_CELL_PX = 26, 5, 44
-_MAP_PX, _SCALE_PX = 560, 56
+_ROW_PX, _GAP_PX, _LARGEST_CELL_PX = 26, 5, 52
+_MAP_PX, _SCALE_PX, _TURNED_MARGIN_PX = 560, 66, 40
 _CELLS = {True: 36, False: 12}  # in one line of the strip: wide, narrow
 _MARKERS = {2: "v", 3: "<", 4: "o", 5: "s", 6: "D", 8: "^"}
 _SMALLEST = 1e-9  # nats per token; logarithmic scales end here
@@ -54,7 +54,7 @@ def strip(c: Comparison) -> Drawing:
     def paint(figure: "Figure", wide: bool) -> None:
         axes = canvas(figure, wide, height(wide))
         left = 104 if wide else 82
-        across = min(_CELLS[wide], blocks)
+        across = math.ceil(blocks / math.ceil(blocks / _CELLS[wide]))
         cell = min(_LARGEST_CELL_PX, ((WIDE_PX if wide else NARROW_PX) - left) / across)
         top = 0.0
         for first in range(0, blocks, across):
@@ -74,9 +74,7 @@ def strip(c: Comparison) -> Drawing:
             _cell(axes, (left, top, across * cell, _ROW_PX), bits_of(kind), told, f"{name}: {told}")
             top += _ROW_PX + _GAP_PX
 
-    label = (
-        f"Bits of {len(who)} {c.allocation.players} in {blocks} blocks, and of embedding and head; the table has all."
-    )
+    label = f"Bits of the {len(who)} players of {blocks} blocks, and of embedding and head; the table below has all."
     return draw("strip", label, paint, wide_px=height(True), narrow_px=height(False))
 
 
@@ -173,7 +171,7 @@ def heat_map(c: Comparison) -> Drawing | None:
         size = _MAP_PX if wide else NARROW_PX
         axes = canvas(figure, wide, size + (0 if wide else _SCALE_PX))
         _paint_pairs(axes, pairs, size)
-        _paint_scale(axes, pairs.largest, (size + 60, 60) if wide else (20, size + 16), upright=wide)
+        _paint_scale(axes, pairs, (size + 60, 60) if wide else (15, size + 26), upright=wide)
 
     label = f"How the loss increases of {len(pairs.names)} players vary together; the table has the strongest pairs."
     return draw("pairs", label, paint, wide_px=_MAP_PX, narrow_px=NARROW_PX + _SCALE_PX)
@@ -184,16 +182,18 @@ def _paint_pairs(axes: Any, pairs: Pairs, size_px: float) -> None:
     count, margin = len(pairs.names), 14 + 7 * max(map(len, pairs.names))
     cell = (size_px - margin) / count
     step = max(1, math.ceil(15 / cell))
+    factor, unit = pairs.scale
     for i, name in enumerate(pairs.names):
         if i % step == 0:
+            turned = 0 if margin < _TURNED_MARGIN_PX else 90
             words(axes, margin - 6, (i + 0.5) * cell, name, "muted", ha="right")
-            words(axes, margin + (i + 0.5) * cell, count * cell + 6, name, "muted", va="top",
-                  rotation=0 if margin < 40 else 90)  # fmt: skip
+            words(axes, margin + (i + 0.5) * cell, count * cell + 6, name, "muted", va="top", rotation=turned)
         for j, other in enumerate(pairs.names):
             value = float(pairs.covariance[i, j])
             role, strength = _shade(value, pairs.largest) if i != j else ("rule", 1.0)
-            told = f"{name}, {other}: {value:+.2e} nats²" if i != j else f"{name}: variance {value:.2e} nats²"
-            box(axes, (margin + j * cell, i * cell, 0.95 * cell, 0.95 * cell), role, told, alpha=strength)
+            told = f"{name}, {other}: {factor * value:+.2f}" if i != j else f"{name}, variance: {factor * value:.2f}"
+            place = (margin + j * cell, i * cell, 0.95 * cell, 0.95 * cell)
+            box(axes, place, role, f"{told} {unit}", alpha=strength)
 
 
 def _shade(value: float, largest: float) -> tuple[str, float]:
@@ -201,16 +201,14 @@ def _shade(value: float, largest: float) -> tuple[str, float]:
     return ("warm" if value > 0 else "cool"), round(abs(value) / largest, 2) if largest else 0.0
 
 
-def _paint_scale(axes: Any, largest: float, corner: tuple[float, float], *, upright: bool) -> None:
-    x, y = corner
-    steps = (1.0, 0.5, 0.0, -0.5, -1.0)
-    for index, step in enumerate(steps):
-        role, strength = _shade(step * largest, largest)
+def _paint_scale(axes: Any, pairs: Pairs, corner: tuple[float, float], *, upright: bool) -> None:
+    (x, y), (factor, unit) = corner, pairs.scale
+    words(axes, x, y - (18 if upright else 10), f"covariance, {unit}", "ink", ha="left")
+    for index, step in enumerate((1.0, 0.5, 0.0, -0.5, -1.0)):
+        value = step * pairs.largest
+        role, strength = _shade(value, pairs.largest)
         left, top = (x, y + 34 * index) if upright else (x + 60 * index, y)
-        box(axes, (left, top, 34, 30) if upright else (left, top, 56, 16), role, f"{step * largest:+.1e}", strength)
+        told = f"{factor * value:+.1f}" if step else "0"
+        box(axes, (left, top, 34, 30) if upright else (left, top, 56, 16), role, told, strength)
         place = (left + 44, top + 15) if upright else (left + 28, top + 26)
-        words(axes, *place, f"{step * largest:+.1e}" if step else "0", "ink", ha="left" if upright else "center")
-    if upright:
-        words(axes, x, y - 18, "covariance, nats²", "ink", ha="left")
-        words(axes, x, y + 34 * len(steps) + 16, "warm: worse together", "muted", ha="left")
-        words(axes, x, y + 34 * len(steps) + 36, "cool: one makes up for the other", "muted", ha="left")
+        words(axes, *place, told, "ink", ha="left" if upright else "center")
