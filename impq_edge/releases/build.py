@@ -234,6 +234,7 @@ def summary(made: Build) -> dict[str, object]:
         "validation": made.validation.to_json(),
         "uniform": {f"{bits}bit": report.to_json() for bits, (_, report) in made.uniform.items()},
         "report": str(made.directory / "report.md"),
+        "page": str(page) if (page := made.directory / "report.html").exists() else None,
     }
 
 

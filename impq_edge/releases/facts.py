@@ -169,7 +169,7 @@ def _quality(c: Comparison) -> list[Prediction]:
     rows = [
         Prediction(
             "loss beyond all blocks at 4 bit", f"{c.allocation.objective:+.4f}", difference_told(report, reference),
-            f"nats/token; {basis} on the calibration text, measured on {report.text}",
+            f"nats/token; {basis} on the calibration text against measured on {report.text}",
         )
     ]  # fmt: skip
     if reference.perplexity is not None:

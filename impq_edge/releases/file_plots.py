@@ -30,7 +30,7 @@ def quality(c: Comparison) -> Drawing | None:
     def paint(figure: "Figure", wide: bool) -> None:
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(1, 0.22 if wide else 0.34))
         axes.margins(x=0.14, y=0.2)
-        _paint_files(axes, files)
+        _paint_files(axes, files, [point.file_bytes / _MIB for point in (*files, *stock)])
         _paint_stock(below, stock, wide)
         axes.tick_params(axis="x", bottom=False)
         axes.set_ylabel("loss beyond 4 bit, nats/token")
@@ -42,7 +42,7 @@ def quality(c: Comparison) -> Drawing | None:
     return draw("quality", label, paint, wide_px=380, narrow_px=330)
 
 
-def _paint_files(axes: Any, files: list[Point]) -> None:
+def _paint_files(axes: Any, files: list[Point], sizes: list[float]) -> None:
     uniform = sorted((p.file_bytes / _MIB, p.difference) for p in files if p.name.startswith("all "))
     if len(uniform) > 1:
         axes.plot(*zip(*uniform, strict=True), "--", color=colour("muted"), linewidth=1)
@@ -54,9 +54,11 @@ def _paint_files(axes: Any, files: list[Point]) -> None:
             [size], [point.difference], yerr=[error], fmt="o" if ours else "s", markersize=9 if ours else 7,
             color=colour("ours" if ours else "muted"), capsize=4, gid=tip(told),
         )  # fmt: skip
+        left = size - min(sizes) > 0.4 * (max(sizes) - min(sizes))  # of our mark there is room for its words
         axes.annotate(
             f"{point.name.replace('blocks at ', '')}\nperplexity {point.perplexity:.2f}", (size, point.difference),
-            xytext=(0, -12) if ours else (10, 2), textcoords="offset points", ha="center" if ours else "left",
+            xytext=((-10 if left else 10), -6) if ours else (10, 2), textcoords="offset points",
+            ha="right" if ours and left else "left",
             va="top" if ours else "bottom", color=colour("ours" if ours else "ink"),
             weight="bold" if ours else "normal",
         )  # fmt: skip
