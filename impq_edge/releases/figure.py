@@ -140,7 +140,7 @@ def _rewritten(svg: str, name: str, label: str) -> str:
         _rewrite(element, name, used)
     for key in ("width", "height", "version"):
         root.attrib.pop(key, None)
-    root.attrib |= {"role": "img", "aria-label": label, "class": name.rpartition("-")[2]}
+    root.attrib |= {"role": "img", "aria-label": label, "class": name.rpartition("-")[2], "data-name": name}
     for element in root.iter():
         element.tag = element.tag.removeprefix(_SVG)
     return _without_empty_groups(ElementTree.tostring(root, encoding="unicode"))

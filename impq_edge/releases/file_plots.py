@@ -116,8 +116,8 @@ def memory(c: Comparison) -> Drawing:
     groups = memory_groups(c.plan)
     reserve = groups.pop("system reserve")
     whole = {**groups, "system reserve": reserve, "free": max(0, c.plan.free_bytes)}
-    bars = [(f"{c.device.title}: {c.plan.memory_bytes / _MIB:,.0f} MiB", whole)]
-    bars.append((f"of which the model: {sum(groups.values()) / _MIB:,.1f} MiB", groups))
+    bars = [(f"all of the device: {c.plan.memory_bytes / _MIB:,.0f} MiB", whole)]
+    bars.append((f"of it the model: {sum(groups.values()) / _MIB:,.1f} MiB", groups))
 
     def paint(figure: "Figure", wide: bool) -> None:
         axes = canvas(figure, wide, 150)
