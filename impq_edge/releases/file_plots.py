@@ -84,7 +84,7 @@ def measured(c: Comparison) -> Drawing | None:
     found = coalitions(c, c.profile)
     shown = [each for each in found if not each.is_chosen][-_SHOWN_COALITIONS:]
 
-    def paint(figure: "Figure", _wide: bool) -> None:
+    def paint(figure: "Figure", wide: bool) -> None:
         axes = figure.subplots()
         for fits, name, face in ((False, "over a limit", "none"), (True, "meets every limit", colour("cool"))):
             some = [each for each in shown if each.fits == fits]
@@ -95,7 +95,7 @@ def measured(c: Comparison) -> Drawing | None:
         _paint_chosen(axes, c, found)
         axes.set_xlabel("average bits of the blocks")
         axes.set_ylabel("beyond all at 4 bit, nats/token")
-        figure.legend(loc="outside upper left", ncols=3, handletextpad=0.3, columnspacing=1.2)
+        figure.legend(loc="outside upper left", ncols=3 if wide else 2, handletextpad=0.3, columnspacing=1.2)
 
     label = f"{len(found):,} coalitions that the game measured, by average bits and loss; the chosen one marked."
     return draw("measured", label, paint, wide_px=340, narrow_px=310)
