@@ -15,6 +15,7 @@ from impq_edge.model.recipe import data_bytes
 from impq_edge.releases.report import Comparison, difference_told, paired_difference, perplexity_told
 from impq_edge.spqe.ladder import LadderProfile
 from impq_edge.spqe.profile import SensitivityProfile
+from impq_edge.spqe.sampling import Coalition, uniform
 
 _MIB = 2**20
 _STOCK = ("Q2_K", "Q3_K_M", "Q4_K_M")
@@ -202,22 +203,22 @@ def points(c: Comparison) -> list[Point]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Coalition:
+class Tried:
     """One assignment of bits whose loss was measured."""
 
-    bits: tuple[int, ...]  # (N,)
+    bits: Coalition
     average_bits: float
     increase: float  # over all at 4 bit, nats per token
     fits: bool
     is_chosen: bool
 
 
-def coalitions(c: Comparison, found: SensitivityProfile) -> list[Coalition]:
+def coalitions(c: Comparison, found: SensitivityProfile) -> list[Tried]:
     """Return everything that the game evaluated, in its order."""
     losses, who, allocation = found.losses, found.who, c.allocation
-    none = losses[(4,) * len(who)]
+    none = losses[uniform(4, len(who))]
     return [
-        Coalition(
+        Tried(
             bits, average_bits(who, bits), loss - none,
             allocation.problem.is_feasible([bit // 2 - 1 for bit in bits]), bits == allocation.player_bits,
         )

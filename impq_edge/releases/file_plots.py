@@ -3,7 +3,7 @@
 import math
 from typing import TYPE_CHECKING, Any
 
-from impq_edge.releases.facts import Coalition, Point, Stock, coalitions, memory_groups, points, stock_mixes
+from impq_edge.releases.facts import Point, Stock, Tried, coalitions, memory_groups, points, stock_mixes
 from impq_edge.releases.figure import NARROW_PX, WIDE_PX, Drawing, box, canvas, colour, draw, tip, words
 from impq_edge.releases.report import Comparison
 from impq_edge.spqe.ladder import LadderProfile
@@ -30,7 +30,8 @@ def quality(c: Comparison) -> Drawing | None:
     def paint(figure: "Figure", wide: bool) -> None:
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(1, 0.22 if wide else 0.34))
         axes.margins(x=0.14, y=0.2)
-        _paint_files(axes, files, [point.file_bytes / _MIB for point in (*files, *stock)])
+        sizes = [each.file_bytes for each in files] + [each.file_bytes for each in stock]
+        _paint_files(axes, files, (min(sizes) / _MIB, max(sizes) / _MIB))
         _paint_stock(below, stock, wide)
         axes.tick_params(axis="x", bottom=False)
         axes.set_ylabel("loss beyond 4 bit, nats/token")
@@ -42,7 +43,7 @@ def quality(c: Comparison) -> Drawing | None:
     return draw("quality", label, paint, wide_px=380, narrow_px=330)
 
 
-def _paint_files(axes: Any, files: list[Point], sizes: list[float]) -> None:
+def _paint_files(axes: Any, files: list[Point], ends: tuple[float, float]) -> None:
     uniform = sorted((p.file_bytes / _MIB, p.difference) for p in files if p.name.startswith("all "))
     if len(uniform) > 1:
         axes.plot(*zip(*uniform, strict=True), "--", color=colour("muted"), linewidth=1)
@@ -54,7 +55,7 @@ def _paint_files(axes: Any, files: list[Point], sizes: list[float]) -> None:
             [size], [point.difference], yerr=[error], fmt="o" if ours else "s", markersize=9 if ours else 7,
             color=colour("ours" if ours else "muted"), capsize=4, gid=tip(told),
         )  # fmt: skip
-        left = size - min(sizes) > 0.4 * (max(sizes) - min(sizes))  # of our mark there is room for its words
+        left = size - ends[0] > 0.4 * (ends[1] - ends[0])  # of our mark there is room for its words
         axes.annotate(
             f"{point.name.replace('blocks at ', '')}\nperplexity {point.perplexity:.2f}", (size, point.difference),
             xytext=((-10 if left else 10), -6) if ours else (10, 2), textcoords="offset points",
@@ -101,7 +102,7 @@ def measured(c: Comparison) -> Drawing | None:
     return draw("measured", label, paint, wide_px=340, narrow_px=310)
 
 
-def _paint_chosen(axes: Any, c: Comparison, found: list[Coalition]) -> None:
+def _paint_chosen(axes: Any, c: Comparison, found: list[Tried]) -> None:
     """As it was measured, or where the estimate puts it."""
     known = [each.increase for each in found if each.is_chosen]
     axes.plot(

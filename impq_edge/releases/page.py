@@ -146,7 +146,7 @@ def _files(c: Comparison) -> dict[str, Any]:
         for name, (artifact, report) in c.files.items()
     ]  # fmt: skip
     rows += [
-        (f"stock {mix.name}", f"{mix.file_bytes:,}", f"{mix.bits_per_weight:.2f}", "not measured", *["–"] * 3)
+        (f"stock {mix.name}", f"{mix.file_bytes:,}", f"{mix.bits_per_weight:.2f}", "not measured", "–", "–", "–")
         for mix in stock_mixes(c)
     ]
     return {
