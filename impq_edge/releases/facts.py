@@ -60,7 +60,12 @@ class Pairs:
     def scale(self) -> tuple[float, str]:
         """What to multiply covariances with so that they read well, and the unit they then have."""
         exponent = 3 * math.floor(math.log10(self.largest) / 3) if self.largest else 0
-        return 10.0**-exponent, f"10{str(exponent).translate(_SUPERSCRIPT)} nats²" if exponent else "nats²"
+        return 10.0**-exponent, f"{power_of_ten(exponent)} nats²" if exponent else "nats²"
+
+
+def power_of_ten(exponent: int) -> str:
+    """Return a power of ten as people write it."""
+    return f"10{str(exponent).translate(_SUPERSCRIPT)}"
 
 
 def stock_mixes(c: Comparison) -> list[Stock]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from impq_edge.ggml.types import LADDER, TensorType
 from impq_edge.model.players import Player
-from impq_edge.releases.facts import Pairs, covariances, part_of, players
+from impq_edge.releases.facts import Pairs, covariances, part_of, players, power_of_ten
 from impq_edge.releases.figure import NARROW_PX, WIDE_PX, Drawing, box, canvas, colour, draw, tip, words
 from impq_edge.releases.report import Comparison
 from impq_edge.spqe.ladder import LadderProfile
@@ -134,13 +134,14 @@ def _ladder_panel(axes: Any, c: Comparison, who: Sequence[Player], members: list
     assert isinstance(c.profile, LadderProfile)
     rungs = {(rung.player, rung.bits): np.array(rung.divergences) for rung in c.profile.rungs}
     axes.set_yscale("log", nonpositive="clip")
+    axes.yaxis.set_major_formatter(lambda value, _: power_of_ten(round(math.log10(value))))
     for bits in c.allocation.types:
         windows = [rungs[who[index].name, bits] for index in members]
         means = np.maximum([values.mean() for values in windows], _SMALLEST)
         errors = [values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else 0.0 for values in windows]
         role = colour(f"bits-{bits}")
-        line = "-" if who[members[0]].block is not None else ""
-        axes.plot(range(len(members)), means, line, color=role, linewidth=1, alpha=0.6)
+        line = "-" if who[members[0]].block is not None else "none"
+        axes.plot(range(len(members)), means, linestyle=line, color=role, linewidth=1, alpha=0.6)
         axes.errorbar(range(len(members)), means, yerr=np.minimum(errors, means - means / 10), fmt=_MARKERS[bits],
                       color=role, markersize=4, linewidth=1, label=f"{bits} bit")  # fmt: skip
         for position, index in enumerate(members):

@@ -262,6 +262,7 @@ def test_the_page_is_one_file(text: str, page: Document) -> None:
     policy = next(e["attrs"]["content"] for e in page.all("meta") if e["attrs"].get("http-equiv"))
     digest = base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode()
     assert policy.startswith(f"default-src 'none'; style-src 'sha256-{digest}';")
+    assert "mathdefault" not in text, "nothing in a plot is taken for a formula, or shown as the source of one"
     assert not page.all("script", "link", "img", "iframe", "object", "embed", "base", "form", "foreignobject")
     assert "url(" not in style[1] and "@import" not in style[1]
     for element in page.elements:
