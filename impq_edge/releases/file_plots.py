@@ -31,7 +31,7 @@ def quality(c: Comparison) -> Drawing | None:
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(1, 0.22 if wide else 0.34))
         axes.margins(x=0.14, y=0.2)
         sizes = [each.file_bytes for each in files] + [each.file_bytes for each in stock]
-        _paint_files(axes, files, (min(sizes) / _MIB, max(sizes) / _MIB))
+        _paint_files(axes, files, (min(sizes) / _MIB, max(sizes) / _MIB), "perplexity" if wide else "ppl")
         _paint_stock(below, stock, wide)
         axes.tick_params(axis="x", bottom=False)
         axes.set_ylabel("loss beyond 4 bit, nats/token")
@@ -43,7 +43,7 @@ def quality(c: Comparison) -> Drawing | None:
     return draw("quality", label, paint, wide_px=380, narrow_px=330)
 
 
-def _paint_files(axes: Any, files: list[Point], ends: tuple[float, float]) -> None:
+def _paint_files(axes: Any, files: list[Point], ends: tuple[float, float], measure: str) -> None:
     uniform = sorted((p.file_bytes / _MIB, p.difference) for p in files if p.name.startswith("all "))
     if len(uniform) > 1:
         axes.plot(*zip(*uniform, strict=True), "--", color=colour("muted"), linewidth=1)
@@ -57,7 +57,7 @@ def _paint_files(axes: Any, files: list[Point], ends: tuple[float, float]) -> No
         )  # fmt: skip
         left = size - ends[0] > 0.4 * (ends[1] - ends[0])  # of our mark there is room for its words
         axes.annotate(
-            f"{point.name.replace('blocks at ', '')}\nperplexity {point.perplexity:.2f}", (size, point.difference),
+            f"{point.name.replace('blocks at ', '')}\n{measure} {point.perplexity:.2f}", (size, point.difference),
             xytext=((-10 if left else 10), -6) if ours else (10, 2), textcoords="offset points",
             ha="right" if ours and left else "left",
             va="top" if ours else "bottom", color=colour("ours" if ours else "ink"),
