@@ -19,6 +19,7 @@ from impq_edge import stages
 from impq_edge.data import data_path
 from impq_edge.releases import facts, figure
 from impq_edge.releases.build import Build
+from impq_edge.releases.lent import BackendLosses
 from impq_edge.releases.page import render_page, write_page
 from impq_edge.releases.report import Comparison
 from impq_edge.spqe.ladder import LadderProfile
@@ -243,6 +244,18 @@ def test_a_perplexity_that_is_not_finite_is_told(game: Comparison) -> None:
     broken = dataclasses.replace(report, perplexity=None, perplexity_stderr=None)
     page = render_page(dataclasses.replace(game, uniform={**game.uniform, 4: (artifact, broken)}), COMMAND)
     assert "not finite" in page and 'data-name="quality-wide"' not in page
+
+
+def test_losses_of_another_backend_have_a_section(game: Comparison) -> None:
+    bits = "".join(map(str, game.allocation.player_bits))
+    coalitions = (bits, "4" * len(bits), "2" * len(bits), bits)
+    losses = BackendLosses("a", "p", coalitions, (1.5, 1.0, 2.0, 1.5), (1.6, 1.1, 2.1, 1.2), 0.4, 0.1, 0.5)
+    page = Document(render_page(dataclasses.replace(game, backend_losses=losses), COMMAND))
+    assert page.rows("Calibration losses")[1:] == [
+        ["this mix", "1.5000", "1.6000"], ["all at 4 bit", "1.0000", "1.1000"], ["all at 2 bit", "2.0000", "2.1000"],
+        ["K-quants' own choice", "1.5000", "1.2000"],
+    ]  # fmt: skip
+    assert "#backend" in {element["attrs"]["href"] for element in page.all("a")}
 
 
 def test_without_matplotlib_the_page_is_left_out(
