@@ -149,8 +149,18 @@ def _files(c: Comparison) -> dict[str, Any]:
         (f"stock {mix.name}", f"{mix.file_bytes:,}", f"{mix.bits_per_weight:.2f}", "not measured", "–", "–", "–")
         for mix in stock_mixes(c)
     ]
+    caption = [
+        "The loss is that of the evaluation text beyond all blocks at 4 bit, with the standard error of the paired "
+        "differences."
+    ]
+    if set(c.allocation.player_bits) not in ({2}, {4}):
+        caption.append("Below the dashed line a mix is better than a blend of the uniform files.")
+    caption.append(
+        "Of llama.cpp's stock mixes, on the scale below, only the size is known: nobody measured their quality here."
+    )
     return {
         "quality_plot": quality(c),
+        "quality_caption": " ".join(caption),
         "file_head": ["file", "bytes", "bits/weight", "perplexity", "Δ loss to 4 bit, nats/token", "prompt, tok/s",
                       "generation, tok/s"],
         "file_rows": rows,
