@@ -662,7 +662,9 @@ def build(
             for name, (artifact, report) in files.items()
         ]
         console.show_table(made.artifact.artifact, ["file", "bytes", "bits/weight", "perplexity"], rows)
-        console.show_line(str(out / "report.md"))
+        for name in ("report.md", "report.html"):
+            if (out / name).exists():
+                console.show_line(str(out / name))
     if not made.validation.passed:
         console.fail("The file was built, but validation failed; see the checks in report.md.")
         raise typer.Exit(EXIT_CHECK_FAILED)

@@ -28,6 +28,7 @@ from impq_edge.model.source import DEMO, find
 from impq_edge.model.spec import ModelSpec
 from impq_edge.records import atomic_path, read_text
 from impq_edge.releases.lent import BackendLosses, measure_lent
+from impq_edge.releases.page import write_page
 from impq_edge.releases.preview import Preview, preview
 from impq_edge.releases.report import Comparison, backend_name, render
 from impq_edge.spqe.ladder import LadderProfile
@@ -95,7 +96,7 @@ def build(
     say: Say = lambda _: None,
     progress: Progress = lambda *_: None,
 ) -> Build:
-    """Run every stage and write the GGUF, the records and ``report.md`` into ``out``.
+    """Run every stage and write the GGUF, the records, ``report.md`` and ``report.html`` into ``out``.
 
     Parameters
     ----------
@@ -193,8 +194,10 @@ def build(
         context_tokens=allocation.context_tokens, kv_type=allocation.kv_type,
     )  # fmt: skip
     made = Build(out, target, found, allocation, artifact, validation, compared, plan)
+    compared_with = _comparison(made, losses)
     with atomic_path(out / "report.md") as temporary:
-        temporary.write_text(render(_comparison(made, losses), command), "utf-8")
+        temporary.write_text(render(compared_with, command), "utf-8")
+    write_page(compared_with, command, out / "report.html", say)
     shutil.rmtree(kept, ignore_errors=True)
     return made
 
@@ -231,6 +234,7 @@ def summary(made: Build) -> dict[str, object]:
         "validation": made.validation.to_json(),
         "uniform": {f"{bits}bit": report.to_json() for bits, (_, report) in made.uniform.items()},
         "report": str(made.directory / "report.md"),
+        "page": str(page) if (page := made.directory / "report.html").exists() else None,
     }
 
 

@@ -20,6 +20,9 @@ _MIB = 2**20
 _BAR_WIDTH = 24
 _SHOWN_TEXT = 400  # characters of the generation
 
+LENT_ROWS = ("this mix", "all at 4 bit", "all at 2 bit", "K-quants' own choice")
+"""What :class:`~impq_edge.releases.lent.BackendLosses` holds, in its order."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
@@ -33,6 +36,20 @@ class Comparison:
     plan: MemoryPlan
     backend_losses: BackendLosses | None  # where the profile's backend is not what ships
 
+    @property
+    def files(self) -> dict[str, Measured]:
+        """The files that were made and measured, by a name for people."""
+        return {"this file": self.mix} | {f"all blocks at {bits} bit": made for bits, made in self.uniform.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """One of the things a file comes from."""
+
+    what: str
+    identity: str  # a hash; empty where it has none
+    how: str  # empty where nothing is to be told
+
 
 def render(c: Comparison, command: str) -> str:
     """Return the report as Markdown; it holds no timings of the build, but the speeds that were measured."""
@@ -42,7 +59,7 @@ def render(c: Comparison, command: str) -> str:
         f"# {c.allocation.model_name} for {c.device.title}",
         f"`{artifact.artifact}` · {artifact.file_bytes:,} bytes · {artifact.bits_per_weight:.2f} bits/weight · "
         f"blocks at {c.allocation.average_bits:.2f} bits on average · validation {verdict}",
-        _headline(c),
+        headline(c),
         _predicted(c),
         _quality(c),
         _players(c),
@@ -65,7 +82,8 @@ def paired_difference(one: ValidationReport, other: ValidationReport) -> tuple[f
     return float(differences.mean()), float(spread / math.sqrt(len(differences)))
 
 
-def _headline(c: Comparison) -> str:
+def headline(c: Comparison) -> str:
+    """Return what speaks for the allocation, as sentences."""
     left = c.allocation.budget_bytes - c.allocation.predicted_file_bytes
     if c.allocation.everything_fits:
         room = f"{left / _MIB:,.1f} MiB of the device's budget would be left for more bits."
@@ -88,7 +106,6 @@ def _predicted(c: Comparison) -> str:
 
 
 def _quality(c: Comparison) -> str:
-    rows = [("this file", c.mix), *((f"all blocks at {bits} bit", made) for bits, made in c.uniform.items())]
     reference = c.uniform[4][1]
     lines = [
         "## Quality, size and speed",
@@ -96,30 +113,39 @@ def _quality(c: Comparison) -> str:
         "| file | bytes | bits/weight | perplexity | Δ loss to 4 bit, nats/token | prompt, tok/s | generation, tok/s |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for name, (artifact, report) in rows:
-        against = "–" if report is reference else _difference(report, reference)
+    for name, (artifact, report) in c.files.items():
+        against = "–" if report is reference else difference_told(report, reference)
         lines.append(
-            f"| {name} | {artifact.file_bytes:,} | {artifact.bits_per_weight:.2f} | {_perplexity(report)} | {against} "
-            f"| {report.prompt_tok_per_s:.1f} ± {report.prompt_sd_tok_per_s:.1f} "
+            f"| {name} | {artifact.file_bytes:,} | {artifact.bits_per_weight:.2f} | {perplexity_told(report)} "
+            f"| {against} | {report.prompt_tok_per_s:.1f} ± {report.prompt_sd_tok_per_s:.1f} "
             f"| {report.generation_tok_per_s:.1f} ± {report.generation_sd_tok_per_s:.1f} |"
         )
     lines += [
         "",
-        f"Perplexity as llama-perplexity computes it, on {reference.tokens:,} tokens of {reference.text}; its error is "
-        "mostly the text's and shared by the files, so differences are taken window by window. Speeds are of the "
-        "machine that validated, with standard deviations over repetitions.",
+        how_measured(reference),
     ]
     return "\n".join(lines)
 
 
-def _difference(report: ValidationReport, reference: ValidationReport) -> str:
+def how_measured(report: ValidationReport) -> str:
+    """Return what has to be known to read the measurements."""
+    return (
+        f"Perplexity as llama-perplexity computes it, on {report.tokens:,} tokens of {report.text}; its error is "
+        "mostly the text's and shared by the files, so differences are taken window by window. Speeds are of the "
+        "machine that validated, with standard deviations over repetitions."
+    )
+
+
+def difference_told(report: ValidationReport, reference: ValidationReport) -> str:
+    """Return the paired difference of two files' losses, nats per token."""
     if report.perplexity is None or reference.perplexity is None:
         return "not finite"
     difference, error = paired_difference(report, reference)
     return f"{difference:+.4f} ± {error:.4f}"
 
 
-def _perplexity(report: ValidationReport) -> str:
+def perplexity_told(report: ValidationReport) -> str:
+    """Return a file's perplexity with its error."""
     if report.perplexity is None or report.perplexity_stderr is None:
         return "not finite"
     return f"{report.perplexity:.3f} ± {report.perplexity_stderr:.3f}"
@@ -129,15 +155,30 @@ def _players(c: Comparison) -> str:
     return _ladder(c, c.profile) if isinstance(c.profile, LadderProfile) else _game(c, c.profile)
 
 
+def what_was_measured(c: Comparison) -> str:
+    """Return what sensitivity means here and where it comes from, as sentences."""
+    found, settings = c.profile, c.profile.settings
+    if isinstance(found, LadderProfile):
+        return (
+            "KL divergence to the unquantised model, in 10⁻³ nats per token, when one of them alone is stored at fewer "
+            f"bits, on {settings.tokens:,} tokens. The sum over the chosen ones is {1e3 * c.allocation.objective:.4f}."
+        )
+    all_4, all_2 = (found.losses[(bits,) * found.n_players] for bits in (4, 2))
+    return (
+        f"Increase of the {what_is_measured(found)} when one of the {settings.players} drops from 4 to 2 bit: Shapley "
+        f"values from {_how_many(found)} ({found.design.estimator}) on {settings.tokens:,} tokens, with standard "
+        f"errors. All at 4 bit {all_4:.4f}, all at 2 bit {all_2:.4f} nats/token; the unquantised model's loss is "
+        f"{np.mean(found.reference_losses):.4f}."
+    )
+
+
 def _ladder(c: Comparison, found: LadderProfile) -> str:
     types = c.allocation.types
     table = found.divergences(types)
     lines = [
         f"## {found.settings.players.capitalize()}, embedding and head",
         "",
-        "KL divergence to the unquantised model, in 10⁻³ nats per token, when one of them alone is stored at fewer "
-        f"bits, on {found.settings.tokens:,} tokens. The sum over the chosen ones is "
-        f"{1e3 * c.allocation.objective:.4f}.",
+        what_was_measured(c),
         "",
         f"| | bits | {' | '.join(f'{bits} bit' for bits in types)} |",
         f"|:---|---:|{'---:|' * len(types)}",
@@ -151,30 +192,24 @@ def _ladder(c: Comparison, found: LadderProfile) -> str:
 def _game(c: Comparison, found: SensitivityProfile) -> str:
     estimate, settings = found.estimate(), found.settings
     largest = max(float(np.abs(estimate.phi).max()), 1e-12)
-    losses = found.losses
-    all_4, all_2 = (losses[(bits,) * found.n_players] for bits in (4, 2))
     lines = [
         f"## {settings.players.capitalize()}",
         "",
-        f"Increase of {what_is_measured(found)} when one of the {settings.players} drops from 4 to 2 bit: Shapley "
-        f"values from {_how_many(found)} ({found.design.estimator}) on {settings.tokens:,} tokens, with standard "
-        f"errors. All at 4 bit {all_4:.4f}, all at 2 bit {all_2:.4f} nats/token; the unquantised model's loss is "
-        f"{np.mean(found.reference_losses):.4f}.",
+        what_was_measured(c),
         "",
         f"| {settings.players.removesuffix('s')} | bits | φ, nats/token | |",
         "|:---|---:|---:|:---|",
     ]
-    names = [player.name.removeprefix("blk.") for player in found.who]
-    for index, (name, bits) in enumerate(zip(names, c.allocation.player_bits, strict=True)):
+    for index, (player, bits) in enumerate(zip(found.who, c.allocation.player_bits, strict=True)):
         phi, error = estimate.phi[index], estimate.phi_stderr[index]
         bar = "█" * round(_BAR_WIDTH * max(0.0, phi) / largest)
-        lines.append(f"| {name} | {bits} | {phi:+.5f} ± {error:.5f} | {bar} |")
+        lines.append(f"| {player.name.removeprefix('blk.')} | {bits} | {phi:+.5f} ± {error:.5f} | {bar} |")
     return "\n".join(lines)
 
 
-def what_is_measured(found: SensitivityProfile) -> str:
+def what_is_measured(found: SensitivityProfile | LadderProfile) -> str:
     """Return the name of v."""
-    return "the loss" if found.settings.objective == "loss" else "the KL divergence from the unquantised model"
+    return "loss" if found.settings.objective == "loss" else "KL divergence from the unquantised model"
 
 
 def _how_many(found: SensitivityProfile) -> str:
@@ -188,14 +223,23 @@ def _memory(c: Comparison) -> str:
     lines = [
         f"## Memory on {c.device.title}",
         "",
-        f"At {c.allocation.context_tokens:,} tokens of context with a {c.allocation.kv_type} cache.",
+        memory_setting(c),
         "",
         "| part | MiB |",
         "|---|---:|",
     ]
-    parts = c.plan.parts() | {f"on the GPU: {name}": size for name, size in c.plan.gpu_parts().items()}
-    lines += [f"| {name} | {size / _MIB:,.1f} |" for name, size in parts.items()]
+    lines += [f"| {name} | {size / _MIB:,.1f} |" for name, size in memory_parts(c.plan).items()]
     return "\n".join(lines)
+
+
+def memory_setting(c: Comparison) -> str:
+    """Return what the memory is planned for."""
+    return f"At {c.allocation.context_tokens:,} tokens of context with a {c.allocation.kv_type} cache."
+
+
+def memory_parts(plan: MemoryPlan) -> dict[str, int]:
+    """Return what either memory is held for, by a name for people, in bytes."""
+    return plan.parts() | {f"on the GPU: {name}": size for name, size in plan.gpu_parts().items()}
 
 
 def _checks(report: ValidationReport) -> str:
@@ -212,68 +256,96 @@ def backend_name(profile: SensitivityProfile | LadderProfile) -> str:
 
 def _backends(c: Comparison) -> str:
     losses = c.backend_losses
-    if losses is None or isinstance(c.profile, LadderProfile):
+    if losses is None:
         return ""
     name = backend_name(c.profile)
     lines = [
         f"## {name} against the K-quants that ship",
         "",
-        f"The profile was measured with {name}; the file holds K-quants ({c.mix[0].encoding.get('encode')}). "
-        f"On the calibration text, {what_is_measured(c.profile)} of the same blocks:",
+        lent_setting(c),
         "",
         f"| blocks | {name}, nats/token | K-quants, nats/token |",
         "|---|---:|---:|",
     ]
-    rows = ("this mix", "all at 4 bit", "all at 2 bit", "K-quants' own choice")
-    for row, ours, shipped in zip(rows, losses.backend, losses.kquant, strict=True):
+    for row, ours, shipped in zip(LENT_ROWS, losses.backend, losses.kquant, strict=True):
         lines.append(f"| {row} | {ours:.4f} | {shipped:.4f} |")
+    lines += ["", lent_told(losses, name)]
+    return "\n".join(lines)
+
+
+def lent_setting(c: Comparison) -> str:
+    """Return which losses are compared where the profile's backend is not what ships."""
+    return (
+        f"The profile was measured with {backend_name(c.profile)}; the file holds K-quants "
+        f"({c.mix[0].encoding.get('encode')}). On the calibration text, the {what_is_measured(c.profile)} of the same "
+        "blocks:"
+    )
+
+
+def lent_told(losses: BackendLosses, backend: str) -> str:
+    """Return what being allocated by another backend costs the file, as sentences."""
     verdict = (
-        losses.warning(name)
+        losses.warning(backend)
         if losses.matters
-        else f"Being allocated by {name} costs the file {losses.lost:+.4f} ± {losses.lost_stderr:.4f} nats/token, "
+        else f"Being allocated by {backend} costs the file {losses.lost:+.4f} ± {losses.lost_stderr:.4f} nats/token, "
         "which is no clear loss."
     )
     order = "" if losses.rank_correlation is None else f" φ and these rank as {losses.rank_correlation:.2f} (Spearman)."
-    lines += ["", f"K-quants' own choice is that of every player measured alone at 2 bit.{order} {verdict}"]
-    return "\n".join(lines)
+    return f"K-quants' own choice is that of every player measured alone at 2 bit.{order} {verdict}"
 
 
 def _sample(report: ValidationReport) -> str:
-    text = (report.chat_text or report.generated_text)[:_SHOWN_TEXT].replace("```", "'''")
+    text = sample(report).replace("```", "'''")
     return f"## What it writes\n\n```text\n{text}\n```"
 
 
+def sample(report: ValidationReport) -> str:
+    """Return the beginning of what the file wrote."""
+    return (report.chat_text or report.generated_text)[:_SHOWN_TEXT]
+
+
 def _provenance(c: Comparison, command: str) -> str:
-    settings = c.profile.settings
-    if isinstance(c.profile, LadderProfile):
-        how = f"every player at {', '.join(map(str, c.profile.types))} bit"
-    else:
-        design = c.profile.design
-        how = (
-            f"{design.estimator} of {design.permutations} permutations' cost, seed {design.seed}, stopped by "
-            f"{c.profile.stopped_by}"
-        )
-        if design.rounds is not None:
-            budgets = len(design.rounds.budgets)
-            what = f"{budgets} budget{'' if budgets == 1 else 's'}"
-            how = f"rounds at {what} after a design of {design.rounds.share:.0%}, {how}"
-    encoding = ", ".join(f"{key} {value}" for key, value in c.mix[0].encoding.items())
-    backend = ", ".join(f"{key} {value}" for key, value in settings.backend.items() if key != "name")
-    report = c.mix[1]
-    lines = [
-        "## How it was made",
-        "",
-        *([f"    {command}", ""] if command else []),
-        f"- model content `{c.allocation.model_sha256}`",
-        f"- sensitivity `{c.allocation.profile_sha256}`: {settings.backend['name']} ({backend}), "
-        f"{how}, {settings.device} {settings.dtype}, "
-        f"text `{settings.text_sha256[:16]}…`",
-        f"- allocation `{c.allocation.identity()}`: {_by(c.allocation)}, "
-        f"embedding and head {c.allocation.outer_type or 'among the players'}",
-        f"- file `{c.mix[0].sha256}`: {encoding}",
-        f"- validated with llama-cpp-python {report.llama_cpp_python}: {report.system_info}",
+    lines = ["## How it was made", "", *([f"    {command}", ""] if command else [])]
+    lines += [
+        f"- {made.what}{f' `{made.identity}`' if made.identity else ''}{f': {made.how}' if made.how else ''}"
+        for made in provenance(c)
     ]
     return "\n".join(lines)
+
+
+def provenance(c: Comparison) -> list[Provenance]:
+    """Return what the file was made from and how, from the model to the validation."""
+    artifact, report = c.mix
+    settings = c.profile.settings
+    backend = ", ".join(f"{key} {value}" for key, value in settings.backend.items() if key != "name")
+    measured = (
+        f"{settings.backend['name']} ({backend}), {_design(c.profile)}, {settings.device} {settings.dtype}, "
+        f"text {settings.text_sha256[:16]}…"
+    )
+    outer = f"embedding and head {c.allocation.outer_type or 'among the players'}"
+    encoding = ", ".join(f"{key} {value}" for key, value in artifact.encoding.items())
+    return [
+        Provenance("model content", c.allocation.model_sha256, ""),
+        Provenance("sensitivity", c.allocation.profile_sha256, measured),
+        Provenance("allocation", c.allocation.identity(), f"{_by(c.allocation)}, {outer}"),
+        Provenance("file", artifact.sha256, encoding),
+        Provenance(f"validated with llama-cpp-python {report.llama_cpp_python}", "", report.system_info),
+    ]
+
+
+def _design(found: SensitivityProfile | LadderProfile) -> str:
+    if isinstance(found, LadderProfile):
+        return f"every player at {', '.join(map(str, found.types))} bit"
+    design = found.design
+    how = (
+        f"{design.estimator} of {design.permutations} permutations' cost, seed {design.seed}, stopped by "
+        f"{found.stopped_by}"
+    )
+    if design.rounds is None:
+        return how
+    budgets = len(design.rounds.budgets)
+    what = f"{budgets} budget{'' if budgets == 1 else 's'}"
+    return f"rounds at {what} after a design of {design.rounds.share:.0%}, {how}"
 
 
 def _by(allocation: Allocation) -> str:
