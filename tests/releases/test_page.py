@@ -192,7 +192,8 @@ def test_sensitivities_have_errors(told: Comparison, page: Document) -> None:
         found = 1e3 * told.profile.divergences()
         assert np.array([[float(x) for x in row[2:]] for row in table[1:]]) == pytest.approx(found, abs=1e-4)
     else:
-        rows = page.rows("Shapley values of the loss increase")[1:]
+        what = "loss" if told.profile.settings.objective == "loss" else "KL divergence from the unquantised model"
+        rows = page.rows(f"Shapley values of the increase of the {what}")[1:]
         estimate = told.profile.estimate()
         assert [float(row[2]) for row in rows] == pytest.approx(estimate.phi, abs=1e-5)
         assert [float(row[3]) for row in rows] == pytest.approx(estimate.phi_stderr, abs=1e-5)
@@ -224,7 +225,7 @@ def test_everything_that_was_measured_is_shown(rounds: Comparison) -> None:
     chosen = [each for each in found if each.is_chosen]
     best = min(each.increase for each in found if each.fits)
     assert [each.increase for each in chosen] == [best] == [pytest.approx(rounds.allocation.evidence.increase)]
-    rows = Document(render_page(rounds, COMMAND)).rows("The coalitions of least loss among those that fit")
+    rows = Document(render_page(rounds, COMMAND)).rows("The least harmful coalitions among those that fit")
     assert rows[1][0] == "".join(map(str, rounds.allocation.player_bits))
 
 
@@ -251,7 +252,7 @@ def test_losses_of_another_backend_have_a_section(game: Comparison) -> None:
     coalitions = (bits, "4" * len(bits), "2" * len(bits), bits)
     losses = BackendLosses("a", "p", coalitions, (1.5, 1.0, 2.0, 1.5), (1.6, 1.1, 2.1, 1.2), 0.4, 0.1, 0.5)
     page = Document(render_page(dataclasses.replace(game, backend_losses=losses), COMMAND))
-    assert page.rows("Calibration losses")[1:] == [
+    assert page.rows("On the calibration text")[1:] == [
         ["this mix", "1.5000", "1.6000"], ["all at 4 bit", "1.0000", "1.1000"], ["all at 2 bit", "2.0000", "2.1000"],
         ["K-quants' own choice", "1.5000", "1.2000"],
     ]  # fmt: skip
