@@ -707,8 +707,7 @@ def release(
         push.require_repository(push_to_hub)
     with console.progress() as advance:
         made = pipeline.release(
-            asked, out=directory, base=order.parent, source=order, command=_command_line(), say=console.say,
-            progress=advance,
+            asked, out=directory, base=order.parent, source=order, say=console.say, progress=advance,
         )  # fmt: skip
     address = None
     if push_to_hub is not None and made.passed:

@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from impq_edge.releases.gates import told_speed
 from impq_edge.releases.manifest import Manifest, ReleasedFile, ReleasedModel, Taker
 
 _MIB = 2**20
@@ -94,14 +95,15 @@ def _speed(taker: Taker) -> str:
     rate = None if taker.predicted.speeds is None else taker.predicted.speeds.generation
     if rate is None:
         return "unknown"
-    return f"{rate.likely_tok_per_s:.3g} predicted ({rate.low_tok_per_s:.3g}–{rate.high_tok_per_s:.3g})"
+    likely, low, high = (told_speed(v) for v in (rate.likely_tok_per_s, rate.low_tok_per_s, rate.high_tok_per_s))
+    return f"{likely} predicted ({low}–{high})"
 
 
 def _running(made: Manifest) -> str:
     lines = ["## How to run it", "", "Download the file for the device and give it to llama.cpp:", "", "```sh"]
     for file in made.files:
         for taker in file.takers:
-            lines += [f"# {_plain(taker.title)}", taker.run]
+            lines += [f"# {_plain(taker.title)}, {taker.context_tokens:,} tokens of context", taker.run]
     return "\n".join([*lines, "```"])
 
 

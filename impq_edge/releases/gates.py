@@ -97,10 +97,16 @@ def _speed(name: str, limit: float, measured: float, predicted: Rate | None, tri
         return Gate(name, "failed", None, limit, detail)
     likely = predicted.likely_tok_per_s
     detail = (
-        f"predicted from {_basis(trial.speeds)}, {predicted.low_tok_per_s:.3g} to {predicted.high_tok_per_s:.3g}; "
+        f"predicted from {_basis(trial.speeds)}, {told_speed(predicted.low_tok_per_s)} to "
+        f"{told_speed(predicted.high_tok_per_s)}; "
         "the device was not reached"
     )
     return Gate(name, "passed" if likely >= limit else "failed", likely, limit, detail)
+
+
+def told_speed(tok_per_s: float) -> str:
+    """Return tokens per second for people."""
+    return f"{tok_per_s:,.0f}" if tok_per_s >= 10 else f"{tok_per_s:.2g}"
 
 
 def _basis(speeds: Speeds) -> str:

@@ -15,6 +15,8 @@ from impq_edge.releases.gates import Gate
 from impq_edge.releases.order import Order, Reference
 
 MANIFEST_FILE, SUMS_FILE, CARD_FILE, ORDER_FILE = "manifest.json", "SHA256SUMS", "README.md", "release.toml"
+COMMAND = f"impq-edge release {ORDER_FILE}"
+"""That makes a release again where its papers lie; nobody's own paths are published."""
 
 _PACKAGES = (
     "accelerate", "gguf", "gptqmodel", "hqq", "huggingface_hub", "llama-cpp-python", "numpy", "optimum-quanto",

@@ -8,6 +8,7 @@ from impq_edge.records import atomic_path, sha256_file
 from impq_edge.releases.card import render_card
 from impq_edge.releases.manifest import (
     CARD_FILE,
+    COMMAND,
     MANIFEST_FILE,
     ORDER_FILE,
     SUMS_FILE,
@@ -36,11 +37,9 @@ class ModelPapers:
     paths: tuple[Path, ...]
 
 
-def write_papers(
-    matrix: Matrix, papers: list[ModelPapers], layout: Layout, source: Path | None, command: str
-) -> Manifest:
+def write_papers(matrix: Matrix, papers: list[ModelPapers], layout: Layout, source: Path | None) -> Manifest:
     """Write card, manifest and sums, the sums last: what they name is there."""
-    root, made = layout.root, _manifest(matrix, papers, layout, source, command)
+    root, made = layout.root, _manifest(matrix, papers, layout, source)
     _remove_superseded(made, layout)
     with atomic_path(root / CARD_FILE) as temporary:
         temporary.write_text(render_card(made), "utf-8")
@@ -51,7 +50,7 @@ def write_papers(
     return made
 
 
-def _manifest(matrix: Matrix, papers: list[ModelPapers], layout: Layout, source: Path | None, command: str) -> Manifest:
+def _manifest(matrix: Matrix, papers: list[ModelPapers], layout: Layout, source: Path | None) -> Manifest:
     devices = {cell.asked: cell.device for row in matrix.rows for cell in row.cells}
     inputs = [entry for paper in papers for entry in paper.inputs]
     inputs += [Input("device", name, device.identity()) for name, device in devices.items()]
@@ -67,7 +66,7 @@ def _manifest(matrix: Matrix, papers: list[ModelPapers], layout: Layout, source:
     files = tuple(file for paper in papers for file in paper.files)
     made = Manifest(
         name=matrix.order.name,
-        command=command,
+        command=COMMAND,
         recipe=matrix.order,
         machine=f"{cpu_name() or 'unknown processor'}, {available_threads()} threads",
         versions=versions_here(),

@@ -49,7 +49,6 @@ def release(
     out: Path,
     base: Path = Path(),
     source: Path | None = None,
-    command: str = "",
     say: Say = lambda _: None,
     progress: Progress = lambda *_: None,
 ) -> Manifest:
@@ -63,8 +62,6 @@ def release(
         Where the order's paths start.
     source
         The file of the order, of which a copy is kept.
-    command
-        That asked for it, for the papers.
 
     Raises
     ------
@@ -77,7 +74,7 @@ def release(
     for row in matrix.rows:
         say(f"Model: {row.source.summary()}; {len(row.cells)} file{'s' if len(row.cells) > 1 else ''} at most.")
         papers.append(_papers(matrix, make_model(matrix, row, layout, say, progress), layout, progress))
-    made = write_papers(matrix, papers, layout, source, command)
+    made = write_papers(matrix, papers, layout, source)
     shutil.rmtree(layout.work, ignore_errors=True)
     return made
 
