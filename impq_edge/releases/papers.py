@@ -1,6 +1,9 @@
 """The papers of a release: manifest, model card, and the list of sums."""
 
 import dataclasses
+import itertools
+import os
+import re
 from pathlib import Path
 
 from impq_edge.errors import RecordError
@@ -26,6 +29,8 @@ from impq_edge.releases.naming import Layout
 from impq_edge.validation.machine import cpu_name
 from impq_edge.validation.validate import available_threads
 
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp|.+\.json\.journal")  # of records.atomic_path, and of finished games
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelPapers:
@@ -41,6 +46,7 @@ def write_papers(matrix: Matrix, papers: list[ModelPapers], layout: Layout, sour
     """Write card, manifest and sums, the sums last: what they name is there."""
     root, made = layout.root, _manifest(matrix, papers, layout, source)
     _remove_superseded(made, layout)
+    _remove_leftovers(root)
     with atomic_path(root / CARD_FILE) as temporary:
         temporary.write_text(render_card(made), "utf-8")
     made = dataclasses.replace(made, outputs=(*made.outputs, output_of(root, root / CARD_FILE)))
@@ -114,6 +120,13 @@ def _remove_superseded(made: Manifest, layout: Layout) -> None:
             for folder in path.relative_to(layout.root).parents:
                 if folder != Path() and not any((layout.root / folder).iterdir()):
                     (layout.root / folder).rmdir()
+
+
+def _remove_leftovers(root: Path) -> None:
+    """Remove what killed runs left half-written; nobody else works here, and nothing of it is needed any more."""
+    for folder, _, names in [*itertools.islice(os.walk(root), 1), *os.walk(root / "records")]:
+        for name in filter(_TEMPORARY.fullmatch, names):
+            Path(folder, name).unlink()
 
 
 def is_output(root: Path, output: Output) -> bool:
