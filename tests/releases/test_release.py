@@ -326,11 +326,12 @@ def test_a_push_is_one_commit_of_exactly_the_release(released: tuple[Manifest, P
         hub.refused_puts = 1
         broken = run_push(address, out, tmp_path)
         assert broken.returncode != 0 and "the same command again" in broken.stderr and not hub.models["me/small"]
+        assert not hub.refused_puts
         done = run_push(address, out, tmp_path)
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip() == f"{address}/me/small/commit/{'a' * 40}"
         assert hub.models["me/small"] == contents(out) and hub.commits == ["Release small"]
-        assert hub.private == {"me/small": True}
+        assert hub.private == {"me/small": True} and set(hub.cards) == {(out / "README.md").read_text()}
         assert sorted(hub.sent) == sorted(file.sha256 for file in made.files), "nothing is sent twice"
         hub.forbidden = True
         refused = run_push(address, out, tmp_path)
