@@ -802,16 +802,19 @@ def _confirmed(question: str) -> bool:
 
 
 def _show_dry_run(found: "DryRun") -> None:
+    decided = {cell.file: cell.is_decided for cell in found.cells}
+    numbers = {name: str(number) for number, name in enumerate(found.files, 1)}
+    console.show_line(f"{found.name}, in {found.directory}:")
+    for name, size in found.files.items():
+        console.show_line(f"{numbers[name]:>3}  {name}  {'' if decided[name] else 'at most '}{size:,} bytes")
     rows = [
         [
-            cell.file if cell.is_decided else f"{cell.file} at most", cell.device, f"{cell.context_tokens:,}",
-            f"{cell.file_bytes:,}", _mib(cell.memory_bytes),
+            cell.device, f"{cell.context_tokens:,}", numbers[cell.file], _mib(cell.memory_bytes),
             "–" if cell.likely_tok_per_s is None else _speed(cell.likely_tok_per_s),
         ]
         for cell in found.cells
     ]  # fmt: skip
-    columns = ["file", "device", "context", "bytes", "memory, MiB", "tokens/s"]
-    console.show_table(f"{found.name}, in {found.directory}", columns, rows)
+    console.show_table("Who takes which", ["device", "context", "file", "memory, MiB", "tokens/s"], rows)
     for model, evaluations in found.evaluations.items():
         told = f"{evaluations:,} evaluations at most" if evaluations else "its sensitivity is known"
         console.show_line(f"{model}: {told}")
@@ -825,17 +828,17 @@ def _show_dry_run(found: "DryRun") -> None:
 
 
 def _show_release(made: "Manifest", directory: Path, address: str | None) -> None:
+    for number, file in enumerate(made.files, 1):
+        console.show_line(f"{number:>3}  {file.file}  {file.file_bytes:,} bytes")
     rows = [
         [
-            file.file, taker.device, f"{taker.context_tokens:,}", f"{file.file_bytes:,}",
-            f"×{taker.measured.perplexity_ratio_to_f16:.4f}", f"{taker.measured.kl_divergence:.4f}",
-            "passed" if taker.passed else "failed",
+            taker.device, f"{taker.context_tokens:,}", str(number), f"×{taker.measured.perplexity_ratio_to_f16:.4f}",
+            f"{taker.measured.kl_divergence:.4f}", "passed" if taker.passed else "failed",
         ]
-        for file in made.files
+        for number, file in enumerate(made.files, 1)
         for taker in file.takers
     ]  # fmt: skip
-    columns = ["file", "device", "context", "bytes", "perplexity to F16", "KL divergence", "gates"]
-    console.show_table(made.name, columns, rows)
+    console.show_table(made.name, ["device", "context", "file", "perplexity to F16", "KLD", "gates"], rows)
     console.show_line(str(directory / "README.md") if address is None else address)
 
 
@@ -856,9 +859,9 @@ def _told(value: float | None) -> str:
 
 
 def _show_verdict(found: "Verdict") -> None:
+    for finding in found.findings:
+        console.show_line(f"{finding.kind}: {finding.path} ({finding.detail})")
     if found.findings:
-        rows = [[finding.path, finding.kind, finding.detail] for finding in found.findings]
-        console.show_table(f"{found.manifest.name}: not as it was made", ["file", "what", "detail"], rows)
         return
     again = f", {found.rebuilt} of them made again with the same bytes" if found.rebuilt else ""
     console.show_line(f"{found.manifest.name}: {found.checked} files as they were made{again}")

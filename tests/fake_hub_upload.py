@@ -73,7 +73,7 @@ class UploadRequest(HubRequest, BaseHTTPRequestHandler):
         name = f"{asked.get('organization') or 'me'}/{asked['name']}"
         known = name in self.server.models
         self.server.models.setdefault(name, {})
-        self.server.private.setdefault(name, bool(asked.get("private")))
+        self.server.private.setdefault(name, asked.get("visibility") == "private" or bool(asked.get("private")))
         self.send_json({"url": f"{self.address}/{name}"}, 409 if known else 200)
 
     def preupload(self, name: str, asked: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ def push(directory: Path, repository: str, *, private: bool = False, say: Say = 
     say(f"Pushing {len(names)} files, {size_bytes / 2**20:,.1f} MiB, to {repository}.")
     api = HfApi()
     try:
-        api.create_repo(repository, private=private, exist_ok=True)
+        api.create_repo(repository, private=private or None, exist_ok=True)  # None: as the organisation has it
         done = api.create_commit(
             repository,
             [CommitOperationAdd(path_in_repo=name, path_or_fileobj=directory / name) for name in names],

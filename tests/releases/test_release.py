@@ -12,6 +12,7 @@ import pytest
 import yaml
 from fake_hub_upload import TOKEN, serving_uploads
 
+from impq_edge import stages
 from impq_edge.conversion.artifact import Artifact
 from impq_edge.errors import AllocationError, RecordError, ReleaseError
 from impq_edge.impq.allocation import Allocation
@@ -23,6 +24,7 @@ from impq_edge.releases.order import load_order
 from impq_edge.releases.push import push
 from impq_edge.releases.release import release
 from impq_edge.releases.verify import verify
+from impq_edge.spqe.options import GameOptions
 from impq_edge.spqe.profile import SensitivityProfile
 
 CARD = "---\nlicense: apache-2.0\nbase_model: some-org/Some-Base\nlanguage: [en, de]\n---\n# A model\n"
@@ -344,3 +346,27 @@ def test_nothing_that_was_changed_is_pushed(copy: Path) -> None:
         push(copy, "me/small")
     with pytest.raises(ReleaseError, match="write it like owner/name"):
         push(copy, "small")
+
+
+def test_rounds_are_played_at_the_budgets_of_all_devices(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    game = GameOptions(
+        method="rounds", tokens=512, players="sublayers", permutations=6, backend_settings={"encode": "rtn"}
+    )
+    requests = [
+        stages.allocation_request(
+            device, context_tokens=256, kv_type=None, budget_bytes=None, average_bits=bits, outer_type="q6_k"
+        )
+        for device, bits in (
+            ("raspberry-pi-5", 3),
+            ("laptop-16gb", 2.5),
+            ("raspberry-pi-4-4gb", 3),
+            ("laptop-8gb", None),
+        )
+    ]
+    found = stages.profile(str(checkpoints["qwen3"]), out=tmp_path / "p.json", game=game, request=requests)
+    rounds = found.design.rounds
+    assert rounds is not None and len(rounds.budgets) == 2, "equal ones once, and none where all fits at 4 bit"
+    for request in requests:
+        bits = request.average_bits
+        made = stages.allocate(found, device=request.device, context_tokens=256, average_bits=bits)
+        assert made.everything_fits or (made.evidence is not None and made.evidence.is_measured)
