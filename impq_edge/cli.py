@@ -806,7 +806,7 @@ def _show_dry_run(found: "DryRun") -> None:
     numbers = {name: str(number) for number, name in enumerate(found.files, 1)}
     console.show_line(f"{found.name}, in {found.directory}:")
     for name, size in found.files.items():
-        console.show_line(f"{numbers[name]:>3}  {name}  {'' if decided[name] else 'at most '}{size:,} bytes")
+        console.show_line(f"{numbers[name]:>3}  {name}  {'' if decided[name] else 'about '}{size:,} bytes")
     rows = [
         [
             cell.device, f"{cell.context_tokens:,}", numbers[cell.file], _mib(cell.memory_bytes),
@@ -824,7 +824,9 @@ def _show_dry_run(found: "DryRun") -> None:
         "removed at the end."
     )
     if not all(cell.is_decided for cell in found.cells):
-        console.show_line("“At most”: sensitivity decides; files of one model that come out equal are built once.")
+        console.show_line(
+            "“About”: sensitivity decides, within the limits; files of one model that come out equal are built once."
+        )
 
 
 def _show_release(made: "Manifest", directory: Path, address: str | None) -> None:

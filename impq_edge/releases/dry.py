@@ -37,7 +37,7 @@ class Foreseen:
     file_bytes: int
     memory_bytes: int  # of the process
     likely_tok_per_s: float | None
-    is_decided: bool  # by a profile that is there, or because everything fits: else what the limits allow at most
+    is_decided: bool  # by a profile that is there, or because everything fits: else what fills the limits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,10 @@ class DryRun:
 
 
 def foresee(order: Order, *, out: Path, base: Path = Path()) -> DryRun:
-    """Tell what a release would build. Sizes are exact but for header estimates of models that are not here.
+    """Tell what a release would build.
+
+    Sizes are exact where a profile decides already, where everything fits, and where all players are equally large; a
+    model that is not here has its header estimated.
 
     Raises
     ------
@@ -113,7 +116,7 @@ def _known_profile(row: Row, layout: Layout) -> Path | None:
 
 
 def _expected(matrix: Matrix, cell: Cell, spec: ModelSpec, header: int, known: Path | None) -> Allocation:
-    """Return the allocation of a profile that is there, or the largest that a cell's limits allow."""
+    """Return the allocation of a profile that is there, or one that fills a cell's limits."""
     request, players = cell.request, matrix.game.players
     if known is not None:
         return allocate(

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from fake_hub_upload import TOKEN, serving_uploads
 
+import impq_edge
 from impq_edge import stages
 from impq_edge.conversion.artifact import Artifact
 from impq_edge.errors import AllocationError, RecordError, ReleaseError
@@ -301,6 +302,8 @@ with sole_use(Path({str(out)!r})):\n print('held', flush=True); time.sleep(60)"
     assert (out / LOCK_FILE).exists()
     with sole_use(out):
         assert (out / LOCK_FILE).read_text() == f"{os.getpid()}\n"
+        with pytest.raises(RecordError, match=f"in use by process {os.getpid()};"):
+            impq_edge.build("laptop-16gb", out=out)
     assert not (out / LOCK_FILE).exists()
     victim = tmp_path / "victim"
     victim.write_text("kept")
