@@ -11,13 +11,16 @@ if TYPE_CHECKING:
     from impq_edge.conversion.encoder import EncodeOptions
     from impq_edge.devices.profile import device_names, load_device
     from impq_edge.releases.build import build
+    from impq_edge.releases.order import load_order
+    from impq_edge.releases.release import release
+    from impq_edge.releases.verify import verify
     from impq_edge.spqe.options import GameOptions
     from impq_edge.stages import allocate, convert, imatrix, ladder, plan, profile
     from impq_edge.validation.validate import validate
 
 __all__ = [
     "EncodeOptions", "GameOptions", "allocate", "build", "convert", "device_names", "imatrix", "ladder", "load_device",
-    "plan", "profile", "validate",
+    "load_order", "plan", "profile", "release", "validate", "verify",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
@@ -31,9 +34,12 @@ _HOMES = {
     "imatrix": "impq_edge.stages",
     "ladder": "impq_edge.stages",
     "load_device": "impq_edge.devices.profile",
+    "load_order": "impq_edge.releases.order",
     "plan": "impq_edge.stages",
     "profile": "impq_edge.stages",
+    "release": "impq_edge.releases.release",
     "validate": "impq_edge.validation.validate",
+    "verify": "impq_edge.releases.verify",
 }
 
 

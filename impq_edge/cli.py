@@ -22,6 +22,7 @@ from impq_edge.errors import (
     EXIT_CHECK_FAILED,
     AllocationError,
     ImpqError,
+    ReleaseError,
     SensitivityError,
     ValidationError,
 )
@@ -30,6 +31,9 @@ from impq_edge.ggml import cache
 if TYPE_CHECKING:
     from impq_edge.devices.latency import Rate
     from impq_edge.devices.profile import DeviceProfile
+    from impq_edge.releases.dry import DryRun
+    from impq_edge.releases.manifest import Manifest
+    from impq_edge.releases.verify import Verdict
     from impq_edge.spqe.ladder import LadderProfile
     from impq_edge.spqe.options import GameOptions
     from impq_edge.spqe.profile import SensitivityProfile
@@ -671,6 +675,103 @@ def build(
 
 
 @app.command(epilog=_EPILOG)
+def release(
+    order: Annotated[Path, typer.Argument(metavar="RELEASE.TOML", help="Models, devices, limits and gates.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Directory of the release; its name by default.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be built, with sizes.")] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Publish it there, once every gate holds.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push-to-hub: a new repository is private.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Build models × devices × contexts with their papers; a killed run goes on. 1 if a gate fails.
+
+    Example: `impq-edge release release.toml --dry-run`
+
+    Example: `impq-edge release release.toml -o build/release --push-to-hub me/qwen3-edge`
+    """
+    from impq_edge.releases.order import load_order
+
+    if private and push_to_hub is None:
+        raise ReleaseError("--private is for --push-to-hub; name the repository, or leave it out.")
+    asked = load_order(order)
+    directory = Path(asked.name) if out is None else out
+    if dry_run:
+        from impq_edge.releases.dry import foresee
+
+        found = foresee(asked, out=directory, base=order.parent)
+        if as_json:
+            console.show_json(found.to_json())
+        else:
+            _show_dry_run(found)
+        return
+    from impq_edge.releases import push
+    from impq_edge.releases import release as pipeline
+
+    if push_to_hub is not None:
+        push.require_repository(push_to_hub)
+    with console.progress() as advance:
+        made = pipeline.release(
+            asked, out=directory, base=order.parent, source=order, say=console.say, progress=advance,
+        )  # fmt: skip
+    address = None
+    if push_to_hub is not None and made.passed:
+        address = push.push(directory, push_to_hub, private=private, say=console.say)
+    if as_json:
+        console.show_json({"directory": str(directory), "pushed": address, **made.to_json()})
+    else:
+        _show_release(made, directory, address)
+    if not made.passed:
+        _tell_failed_gates(made, push_to_hub)
+        raise typer.Exit(EXIT_CHECK_FAILED)
+
+
+@app.command(epilog=_EPILOG)
+def verify(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of a release.")],
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Also follow the recipe again, and compare the bytes that it gives.")
+    ] = False,
+    trust_profile: Annotated[
+        bool, typer.Option("--trust-profile", help="With --rebuild: take the release's sensitivity as it is.")
+    ] = False,
+    inputs: Annotated[
+        Path, typer.Option(metavar="DIR", help="With --rebuild: where paths in the recipe start.")
+    ] = Path(),
+    scratch: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="With --rebuild: build there, and keep it; a temporary one.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a release: what is tampered with, missing or extra is named, and 1 returned.
+
+    Example: `impq-edge verify build/release`
+
+    Example: `impq-edge verify build/release --rebuild --inputs .`
+    """
+    from impq_edge.releases.verify import verify as check
+
+    if not rebuild and (trust_profile or scratch is not None):
+        raise ReleaseError("--trust-profile and --scratch are for --rebuild; give that too.")
+    with console.progress() as advance:
+        found = check(
+            directory, rebuild=rebuild, trust_profile=trust_profile, base=inputs, scratch=scratch, say=console.say,
+            progress=advance,
+        )  # fmt: skip
+    if as_json:
+        console.show_json(found.to_json())
+    else:
+        _show_verdict(found)
+    if not found.passed:
+        raise typer.Exit(EXIT_CHECK_FAILED)
+
+
+@app.command(epilog=_EPILOG)
 def doctor(
     file: Annotated[Path | None, typer.Option(help="A GGUF to try; a small random one is made otherwise.")] = None,
     as_json: Json = False,
@@ -708,6 +809,76 @@ def main() -> None:
 def _confirmed(question: str) -> bool:
     """Ask a person, where there is one."""
     return sys.stdin.isatty() and typer.confirm(question, err=True)
+
+
+def _show_dry_run(found: "DryRun") -> None:
+    decided = {cell.file: cell.is_decided for cell in found.cells}
+    numbers = {name: str(number) for number, name in enumerate(found.files, 1)}
+    console.show_line(f"{found.name}, in {found.directory}:")
+    for name, size in found.files.items():
+        console.show_line(f"{numbers[name]:>3}  {name}  {'' if decided[name] else 'about '}{size:,} bytes")
+    rows = [
+        [
+            cell.device, f"{cell.context_tokens:,}", numbers[cell.file], _mib(cell.memory_bytes),
+            "–" if cell.likely_tok_per_s is None else _speed(cell.likely_tok_per_s),
+        ]
+        for cell in found.cells
+    ]  # fmt: skip
+    console.show_table("Who takes which", ["device", "context", "file", "memory, MiB", "tokens/s"], rows)
+    for model, evaluations in found.evaluations.items():
+        told = f"{evaluations:,} evaluations at most" if evaluations else "its sensitivity is known"
+        console.show_line(f"{model}: {told}")
+    total = sum(found.files.values())
+    console.show_line(
+        f"{len(found.files)} files of {total:,} bytes in all, and {_mib(found.work_bytes)} MiB to compare them with, "
+        "removed at the end."
+    )
+    if not all(cell.is_decided for cell in found.cells):
+        console.show_line(
+            "“About”: sensitivity decides, within the limits; files of one model that come out equal are built once."
+        )
+
+
+def _show_release(made: "Manifest", directory: Path, address: str | None) -> None:
+    for number, file in enumerate(made.files, 1):
+        console.show_line(f"{number:>3}  {file.file}  {file.file_bytes:,} bytes")
+    rows = [
+        [
+            taker.device, f"{taker.context_tokens:,}", str(number), f"×{taker.measured.perplexity_ratio_to_f16:.4f}",
+            f"{taker.measured.kl_divergence:.4f}", "passed" if taker.passed else "failed",
+        ]
+        for number, file in enumerate(made.files, 1)
+        for taker in file.takers
+    ]  # fmt: skip
+    console.show_table(made.name, ["device", "context", "file", "perplexity to F16", "KLD", "gates"], rows)
+    console.show_line(str(directory / "README.md") if address is None else address)
+
+
+def _tell_failed_gates(made: "Manifest", repository: str | None) -> None:
+    for file in made.files:
+        for taker in file.takers:
+            for gate in taker.gates:
+                if gate.status == "failed":
+                    limit = "" if gate.limit is None else f": {_told(gate.value)}, limit {_told(gate.limit)}"
+                    at = f"{taker.device} at {taker.context_tokens:,} tokens"
+                    console.fail(f"{file.file} fails {gate.name} for {at}{limit} ({gate.detail}).")
+    if repository is not None:
+        console.fail(f"Nothing was pushed to {repository}.")
+
+
+def _told(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:,.0f}" if value >= 10000 else f"{value:.6g}"
+
+
+def _show_verdict(found: "Verdict") -> None:
+    for finding in found.findings:
+        console.show_line(f"{finding.kind}: {finding.path} ({finding.detail})")
+    if found.findings:
+        return
+    again = f", {found.rebuilt} of them made again with the same bytes" if found.rebuilt else ""
+    console.show_line(f"{found.manifest.name}: {found.checked} files as they were made{again}")
+    if not found.manifest.passed:
+        console.show_line("Its manifest says that a gate failed when it was made.")
 
 
 def _show_plan(made: "Plan", device: "DeviceProfile") -> None:

@@ -42,3 +42,7 @@ class ConversionError(ImpqError):
 
 class ValidationError(ImpqError):
     """A GGUF cannot be loaded or run."""
+
+
+class ReleaseError(ImpqError):
+    """A release cannot be made, checked or published as asked."""

@@ -2,13 +2,19 @@
 
 import dataclasses
 import time
+from pathlib import Path
 
 import torch
 
+from impq_edge.conversion.encoder import EncodeOptions
 from impq_edge.ggml.types import BLOCK_TYPES, TensorType
+from impq_edge.model.calibration import DEFAULT_WINDOW_TOKENS
+from impq_edge.model.players import players_of
 from impq_edge.model.recipe import data_bytes, tensor_types
 from impq_edge.model.spec import ModelSpec
+from impq_edge.spqe.options import GameOptions
 from impq_edge.spqe.run import COMPUTE_DTYPES
+from impq_edge.stages import require_compute
 
 _MATRIX_SIZE = {"cpu": 1024, "cuda": 8192}
 _USED_SHARE = 0.5  # of a large matrix product's rate: what evaluations reached on two cores and the demo
@@ -24,6 +30,42 @@ class Preview:
     write_bytes: int
     memory_bytes: int
     seconds: float
+
+    def told(self, out: Path) -> str:
+        """Return a sentence for people."""
+        mib = 2**20
+        minutes = self.seconds / 60
+        time = f"about {minutes:.0f} minutes" if minutes >= 2 else "about a minute or two"
+        return (
+            f"This writes up to {self.write_bytes / mib:,.0f} MiB to {out}, holds about "
+            f"{self.memory_bytes / mib:,.0f} MiB of weights in memory, and takes {time} on this machine."
+        )
+
+
+def preview_of(
+    spec: ModelSpec, game: GameOptions, encoding: EncodeOptions, windows: int, *, played: bool, files: int = 3
+) -> Preview:
+    """Estimate what a game, unless it has been ``played``, and ``files`` GGUFs with their validation cost."""
+    n_players = len(players_of(spec, game.players))
+    evaluations = game.walks * (n_players - 1) + 2 if game.walks else 0
+    inside = sum(tensor.weights for tensor in spec.tensors if tensor.block is not None)
+    solved = spec.weights - inside
+    if played or game.backend != "kquant":
+        solved += files * inside
+    elif game.is_ladder:
+        evaluations += len(game.types) * (n_players + 1)
+        solved += (len(game.types) + files) * spec.weights
+    else:  # the files hold what the game encodes
+        solved += len(game.types) * inside
+    return preview(
+        spec,
+        evaluations=0 if played else evaluations,
+        solved_weights=solved if encoding.encoder == "gptq" else 0,
+        tokens=game.tokens,
+        validation_tokens=windows * DEFAULT_WINDOW_TOKENS,
+        files=files,
+        compute=require_compute(encoding.compute),
+    )
 
 
 def preview(

@@ -1,7 +1,7 @@
 """The stages that measure: SPQE's game, and the ladder of types."""
 
 import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
 from impq_edge.backends import load_backend
@@ -31,7 +31,7 @@ def profile(
     *,
     out: Path,
     game: GameOptions | None = None,
-    request: Request | None = None,
+    request: Request | Sequence[Request] | None = None,
     extend: bool = True,
     kept: Path | None = None,
     revision: str | None = None,
@@ -53,7 +53,8 @@ def profile(
         How sensitivity is measured.
     request
         The allocation that must have stopped changing where ``game.until_stable`` is ``"allocation"``, or the one
-        whose budgets rounds are played at where ``game.curve`` names no others.
+        whose budgets rounds are played at where ``game.curve`` names no others. Several where a profile is to serve
+        several devices.
     extend
         Whether a profile that a time limit cut short is gone on with, or taken as it is.
     kept
@@ -67,17 +68,18 @@ def profile(
         One sentence for whatever cannot be used; see the subclasses in :mod:`impq_edge.errors`.
     """
     game = game or GameOptions()
-    if game.until_stable == "allocation" and request is None:
+    requests = () if request is None else (request,) if isinstance(request, Request) else tuple(request)
+    if game.until_stable == "allocation" and not requests:
         raise SensitivityError(
             "--until-stable allocation needs a device; use it with build, or give average bits such as 2.5,3."
         )
     if game.is_ladder:
         raise SensitivityError("More types than 2 and 4 bit are measured one player at a time; call ladder instead.")
     job, header = _job(model, game, kept, revision, allow_fallback, progress)
-    until_stable, answer = _stability(game, job.spec, header, request)
+    until_stable, answer = _stability(game, job.spec, header, requests)
     design = Design(game.estimator or "permutations", game.walks, game.seed, until_stable)
     if game.is_played_in_rounds:
-        design = dataclasses.replace(design, estimator="stratified", rounds=_rounds(game, job.spec, header, request))
+        design = dataclasses.replace(design, estimator="stratified", rounds=_rounds(game, job.spec, header, requests))
     before = None
     if out.exists():
         found = SensitivityProfile.load(out)
@@ -192,27 +194,30 @@ def _told(measured: Measured) -> str:
     return f"{done}."
 
 
-def _rounds(game: GameOptions, spec: ModelSpec, header: int, request: Request | None) -> Rounds:
-    """Return the rounds of a curve that serves all devices, or of one device's own budgets."""
+def _rounds(game: GameOptions, spec: ModelSpec, header: int, requests: Sequence[Request]) -> Rounds:
+    """Return the rounds of a curve that serves all devices, or of the budgets of those that are known."""
     players = players_of(spec, game.players)
-    if request is not None and game.curve is None:
-        budgets = [budgets_of(spec, header, request, game.players)]
+    if requests and game.curve is None:
+        budgets = [budgets_of(spec, header, request, game.players) for request in requests]
     else:
         budgets = curve(players, game.targets or CURVE)
     return Rounds.within(budgets, evaluations_for(len(players), game.walks))
 
 
 def _stability(
-    game: GameOptions, spec: ModelSpec, header: int, request: Request | None
+    game: GameOptions, spec: ModelSpec, header: int, requests: Sequence[Request]
 ) -> tuple[str, Callable[[Estimate], Hashable] | None]:
     """Return how a profile records what must have stopped changing, and the function that answers it."""
     if game.until_stable is None:
         return "", None
     if game.until_stable != "allocation":
         return game.until_stable, stability_answer(game.until_stable, spec, game.players)
-    assert request is not None
 
-    def allocation(found: Estimate) -> tuple[int, ...]:
-        return allocate_blocks(spec, header, found.phi, found.covariance, "", request, game.players).player_bits
+    def allocations(found: Estimate) -> tuple[tuple[int, ...], ...]:
+        return tuple(
+            allocate_blocks(spec, header, found.phi, found.covariance, "", request, game.players).player_bits
+            for request in requests
+        )
 
-    return f"allocation {sha256_json(repr(request))[:16]}", allocation
+    asked = requests[0] if len(requests) == 1 else requests
+    return f"allocation {sha256_json(repr(asked))[:16]}", allocations
