@@ -22,7 +22,7 @@ from impq_edge.validation.settings import RunSettings
 from impq_edge.validation.validate import available_threads
 
 PACKAGES = {
-    "": ("llama-cpp-python", "gguf", "numpy", "pydantic", "pyyaml", "rich", "typer"),
+    "": ("llama-cpp-python", "gguf", "numpy", "pydantic", "pyyaml", "jinja2", "rich", "typer"),
     "spqe": (
         "torch",
         "transformers",
@@ -35,6 +35,7 @@ PACKAGES = {
         "qpsolvers",
         "scipy",
     ),
+    "report": ("matplotlib",),
     "workstation": ("gptqmodel",),
     "cluster": ("ray",),
 }

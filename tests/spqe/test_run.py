@@ -374,12 +374,13 @@ def test_rounds_reuse_what_other_designs_measured_and_are_not_led_by_it(
     play: Play, undisturbed: Callable[..., Path], tmp_path: Path, evaluated: list[Coalition]
 ) -> None:
     out = tmp_path / "p.json"
-    before = play(out, permutations=4)
+    on_losses = {**ROUNDS, "objective": "loss"}
+    before, fresh = play(out, permutations=4), SensitivityProfile.load(undisturbed(**on_losses))
     evaluated.clear()
-    found, fresh = play(out, **ROUNDS), SensitivityProfile.load(undisturbed(**ROUNDS))
+    found = play(out, **on_losses)
     assert sorted(evaluated) == sorted(set(fresh.losses) - set(before.losses))
     assert set(found.losses) == set(fresh.losses) | set(before.losses) and found.phi == fresh.phi
-    other = play(out, **{**ROUNDS, "curve": "2.25"})
+    other = play(out, **{**on_losses, "curve": "2.25"})
     assert set(other.losses) >= set(found.losses)
     again = play(out, permutations=4)
     assert again.phi == before.phi and again.stopped_by == "permutations" and again.design == before.design
