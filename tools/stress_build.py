@@ -60,9 +60,13 @@ def main(
                 raise SystemExit(f"A build that was gone on with after a kill failed; see {out}.log.")
             else:
                 break
-            print(f"{done} kills, {builds} builds ended", file=sys.stderr, flush=True)
         builds += 1
-        wrong += differences(wanted, contents(out), out.name)
+        found = differences(wanted, contents(out), out.name)
+        wrong += found
+        print(
+            f"{done} kills, {builds} builds ended; {', '.join(found) or 'the last as the undisturbed one'}",
+            file=sys.stderr,
+        )
         shutil.rmtree(out)
     told = {"kills": done, "builds": builds, "seconds_undisturbed": round(whole_s, 1), "left_behind": orphans}
     print(json.dumps({**told, "wrong": wrong}, indent=1))
