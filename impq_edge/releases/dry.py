@@ -17,12 +17,12 @@ from impq_edge.model.recipe import data_bytes, tensor_types
 from impq_edge.model.shapes import Shapes, find_shapes
 from impq_edge.model.spec import ModelSpec
 from impq_edge.releases.gates import process_bytes
-from impq_edge.releases.making import share
+from impq_edge.releases.making import allocated, share
 from impq_edge.releases.matrix import Cell, Matrix, Row, resolve
 from impq_edge.releases.naming import Layout
 from impq_edge.releases.order import Order, found_from
 from impq_edge.spqe.playing import evaluations_for
-from impq_edge.stages import allocate, load_profile
+from impq_edge.stages import load_profile
 from impq_edge.stages.opening import tokenizer_of
 
 
@@ -119,12 +119,7 @@ def _expected(matrix: Matrix, cell: Cell, spec: ModelSpec, header: int, known: P
     """Return the allocation of a profile that is there, or one that fills a cell's limits."""
     request, players = cell.request, matrix.game.players
     if known is not None:
-        return allocate(
-            known, device=cell.device, context_tokens=request.context_tokens, kv_type=request.kv_type,
-            budget_bytes=request.file_budget_bytes, average_bits=request.average_bits,
-            min_generation_tok_per_s=request.min_generation_tok_per_s, method=matrix.game.method,
-            alpha=matrix.order.alpha, outer_type=request.outer_type, types=request.types,
-        )  # fmt: skip
+        return allocated(matrix, cell, known)
     who = players_of(spec, players, outer=request.is_ladder)
     weights = np.array([float(player.weights) for player in who])
     nothing = np.zeros((len(who), len(who)))

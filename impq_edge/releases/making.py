@@ -98,17 +98,22 @@ def _sensitivity(matrix: Matrix, row: Row, directory: Path, layout: Layout, say:
     )  # fmt: skip
 
 
-def _allocation(matrix: Matrix, cell: Cell, found: Profile, layout: Layout, say: Say) -> Allocation:
+def allocated(matrix: Matrix, cell: Cell, found: Profile | Path) -> Allocation:
+    """Choose what a cell gets by a profile."""
     request = cell.request
-    allocation = allocate(
+    return allocate(
         found, device=cell.device, context_tokens=request.context_tokens, kv_type=request.kv_type,
         budget_bytes=request.file_budget_bytes, average_bits=request.average_bits,
         min_generation_tok_per_s=request.min_generation_tok_per_s, method=matrix.game.method,
         alpha=matrix.order.alpha, outer_type=request.outer_type, types=request.types,
     )  # fmt: skip
+
+
+def _allocation(matrix: Matrix, cell: Cell, found: Profile, layout: Layout, say: Say) -> Allocation:
+    allocation = allocated(matrix, cell, found)
     out = layout.cell(found.model.name, cell.key) / "allocation.json"
     if not out.exists() or Allocation.load(out) != allocation:  # whole and the same: its bytes stay
         allocation.save(out)
-    say(f"{found.model.name} for {cell.device.name} at {request.context_tokens:,} tokens of context:")
+    say(f"{found.model.name} for {cell.device.name} at {cell.request.context_tokens:,} tokens of context:")
     say_allocation(allocation, say)
     return allocation

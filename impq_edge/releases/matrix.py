@@ -127,11 +127,6 @@ def open_row(matrix: Matrix, row: Row, progress: Progress) -> tuple[Row, Path, M
     return row, directory, spec
 
 
-def for_all(rows: tuple[Row, ...]) -> list[tuple[Row, Cell]]:
-    """Return every cell of a matrix with its row."""
-    return [(row, cell) for row in rows for cell in row.cells]
-
-
 def _source(asked: OrderedModel, base: Path) -> Source:
     source = find(found_from(base, asked.model), asked.revision)
     name = asked.name or source.name

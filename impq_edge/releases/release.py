@@ -181,7 +181,6 @@ def _model(matrix: Matrix, made: MadeModel, compared: tuple[Comparison, ...]) ->
     card, _ = read_card(made.directory)
     source, found = made.row.source, made.found
     named = [_hub_id(model.repo_url) for model in card.base_models]
-    is_ladder = isinstance(found, LadderProfile)
     return ReleasedModel(
         name=made.row.name,
         model=made.row.ordered.model,
@@ -193,9 +192,9 @@ def _model(matrix: Matrix, made: MadeModel, compared: tuple[Comparison, ...]) ->
         license_link=card.license_link,
         base_models=(source.model,) if source.commit else tuple(name for name in named if name),
         languages=card.languages,
-        seed=matrix.game.seed if is_ladder else found.design.seed,  # type: ignore[union-attr]
+        seed=matrix.game.seed if isinstance(found, LadderProfile) else found.design.seed,
         sensitivity_sha256=found.identity(),
-        evaluations=found.divergences().size if is_ladder else len(found.evaluations),  # type: ignore[union-attr]
+        evaluations=found.divergences().size if isinstance(found, LadderProfile) else len(found.evaluations),
         compared=compared,
     )
 
