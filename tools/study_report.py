@@ -20,6 +20,7 @@ from impq_edge.errors import ImpqError, RecordError
 from impq_edge.study import markdown, tables
 from impq_edge.study.cells import Cell, load_cells
 from impq_edge.study.contests import contests_of, games_of, methods_of
+from impq_edge.study.finer import finer
 from impq_edge.study.regret import Regret, regret
 from impq_edge.study.tables import Quality
 from impq_edge.study.transfer import LENT, Transfer, lent_allocations, transfer
@@ -105,6 +106,11 @@ TABLES = {
     "transfer": Table("Between backends", _transfers, _laid_out_transfers, _transfer_plots),
     "player-size": Table(
         "Kinds of players", lambda s: tables.player_size(s.cells, s.ours), lambda _, rows: markdown.player_sizes(rows)
+    ),
+    "finer": Table(
+        "Finer players against blocks",
+        lambda s: finer(contests_of(s.cells), s.ours),
+        lambda _, rows: markdown.finer(rows),
     ),
     "perplexity": Table(
         "Perplexity", lambda s: s.quality, lambda _, rows: markdown.perplexities(rows), _perplexity_plots

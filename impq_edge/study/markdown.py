@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from impq_edge.study.contests import BEST_ISOLATED, CALIBRATION, Game
+from impq_edge.study.finer import Finer
 from impq_edge.study.regret import EVERY_MODEL, Regret
 from impq_edge.study.tables import (
     EVERY_TEXT,
@@ -322,6 +323,26 @@ def player_sizes(rows: Sequence[PlayerSize]) -> str:
     ]
     header = ["model", "backend", "text", "method", "players", *(f"{bits:g} bits" for bits in averages)]
     told = f"{OF_ERRORS} Best of all is, in each cell, the answer with the lowest calibration loss.\n\n"
+    return told + _table(header, lines, texts=5)
+
+
+def finer(rows: Sequence[Finer]) -> str:
+    """Return finer players against blocks, contest by contest."""
+    if not rows:
+        return "No model and backend were played with several kinds of players.\n"
+    header = [
+        "players", "method", "against, with blocks", "model", "text", "contests", "evaluations", "lower", "equal",
+        "median change of perplexity", "KL divergence lower", "median change of it",
+    ]  # fmt: skip
+    lines = [
+        [
+            row.players, row.method, row.against, row.model, row.text, f"{row.contests:,}",
+            " to ".join(f"{count:,}" for count in dict.fromkeys(row.evaluations)), f"{row.lower:,}", f"{row.equal:,}",
+            _percent(row.change), f"{row.kl_lower:,}", _percent(row.kl_change),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    told = "Held-out texts; the same model, backend, calibration text and seed at the same average of bits.\n\n"
     return told + _table(header, lines, texts=5)
 
 

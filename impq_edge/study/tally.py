@@ -78,8 +78,8 @@ def tally(pairs: Sequence[Pair]) -> Tally:
     of_game: dict[Game, list[float]] = {}
     for pair in pairs:
         of_game.setdefault(pair.contest.game, []).append(pair.nats)
-    lower, equal, higher, p = _votes(pair.nats for pair in pairs)
-    games_lower, games_equal, games_higher, games_p = _votes(statistics.median(found) for found in of_game.values())
+    lower, equal, higher, p = votes(pair.nats for pair in pairs)
+    games_lower, games_equal, games_higher, games_p = votes(statistics.median(found) for found in of_game.values())
     return Tally(
         contests=len(pairs), lower=lower, equal=equal, higher=higher,
         clear_lower=clear.count(-1), clear_higher=clear.count(1),
@@ -93,7 +93,8 @@ def _sign(nats: float) -> int:
     return 0 if abs(nats) < TIE_NATS else (1 if nats > 0 else -1)
 
 
-def _votes(differences: Iterable[float]) -> tuple[int, int, int, float | None]:
+def votes(differences: Iterable[float]) -> tuple[int, int, int, float | None]:
+    """Return how many differences of losses are below a tie, ties and above, and the p-value of the sign test."""
     signs = [_sign(nats) for nats in differences]
     lower, equal, higher = (signs.count(sign) for sign in (-1, 0, 1))
     return lower, equal, higher, sign_test(lower, higher) if signs else None

@@ -12,6 +12,7 @@ from simulated import BITS, TEXTS, cell_of, played
 from impq_edge.study import markdown, tables
 from impq_edge.study.cells import Cell
 from impq_edge.study.contests import BEST_ISOLATED, CALIBRATION, ISOLATED, RANDOM_MEAN, contests_of
+from impq_edge.study.finer import finer
 from impq_edge.study.regret import EVERY_MODEL, HELD_OUT, regret
 from impq_edge.study.tables import EVERYTHING, LOW_SCOPE, PUBLISHED
 from impq_edge.study.tally import mean, pairs_of, sign_test, tally
@@ -195,6 +196,23 @@ def test_player_sizes_are_paired_and_the_best_is_chosen_before_the_exam() -> Non
     assert at[tables.BEST, "sublayers"].against_blocks.value == pytest.approx(0.2)
     assert at["ours", "sublayers"].against_blocks.value == pytest.approx(0.0)
     assert at["ours", "blocks"].against_blocks.value is None
+
+
+def test_finer_players_meet_blocks_in_the_same_contest_and_no_other() -> None:
+    exam = {"books": lambda loss: 2 * loss}
+    blocks = [cell_of({"ours": {2.5: 4.0, 3.0: 3.5}, "singles": {2.5: 4.2}}, texts=exam, seed=k) for k in range(2)]
+    better = cell_of({"ours": {2.5: 3.9, 3.0: 3.5}, "singles": {2.5: 4.1}}, texts=exam, players="tensors")
+    unmatched = cell_of({"ours": {2.5: 1.0}}, texts=exam, players="tensors", seed=7)
+    rows = {
+        (r.method, r.against): r for r in finer(contests_of([*blocks, better, unmatched]), "ours") if r.text == "all"
+    }
+    assert set(rows) == {("ours", "ours"), ("singles", "ours"), ("singles", "singles")}
+    ours = rows["ours", "ours"]
+    assert (ours.players, ours.contests, ours.lower, ours.equal) == ("tensors", 2, 1, 1)
+    assert ours.change == pytest.approx(math.expm1(-0.1))
+    assert (rows["singles", "ours"].lower, rows["singles", "singles"].lower) == (0, 1)
+    assert "| tensors | ours | ours |" in markdown.finer(tuple(rows.values()))
+    assert finer(contests_of(blocks), "ours") == ()
 
 
 def blocks(text: str) -> list[list[str]]:
