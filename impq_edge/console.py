@@ -5,7 +5,9 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import sys
+import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +21,7 @@ _SIGNS = ("╱▪▒░█▓▚", "·", "│")  # of parts, of what is left, of
 _PLAIN_SIGNS = ("/o=-#%&", ".", "|")
 _COLOURS = ("yellow", "magenta", "cyan", "blue", "green", "red", "white")
 _PLAIN_LETTERS = {"–": "-", "−": "-", "…": "...", "±": "+-", "×": "x", "·": ".", "│": "|", "─": "-", "φ": "phi"}
+_TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # the order of letters
 _MIN_BAR, _MAX_BAR = 16, 64  # cells
 
 _out = Console(highlight=False, soft_wrap=True)
@@ -38,14 +41,34 @@ def _plainly(error: UnicodeError) -> tuple[str, int]:
     return "".join(_PLAIN_LETTERS.get(letter, "?") for letter in error.object[error.start : error.end]), error.end
 
 
+def _harmless(text: str) -> str:
+    """Return text as rich prints it, whatever is in it: names and messages may come from anybody's files."""
+    return escape(_visible(text))
+
+
+def _visible(text: str) -> str:
+    """Write what a terminal would act on as it is written in Python."""
+    return "".join(ascii(char)[1:-1] if _acts(char) else char for char in text)
+
+
+def _acts(char: str) -> bool:
+    return char not in "\n\t" and (unicodedata.category(char) in {"Cc", "Cs"} or char in _TURNING)
+
+
 def say(sentence: str) -> None:
     """Tell the person something that is not the result."""
-    _err.print(escape(sentence))
+    _err.print(_harmless(sentence))
 
 
 def fail(sentence: str) -> None:
     """Tell the person why the command stopped."""
-    _err.print(f"[red]Error:[/red] {escape(sentence)}")
+    _err.print(f"[red]Error:[/red] {_harmless(sentence)}")
+
+
+def give_up_output() -> None:
+    """Write no more to stdout, not even what is left of it when the interpreter ends: nobody could take it."""
+    with open(os.devnull, "w") as nowhere:  # noqa: PTH123 - no path of anybody's
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def show_json(value: Any) -> None:
@@ -62,12 +85,12 @@ def show_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], sections: Collection[int] = ()
 ) -> None:
     """Print a table; columns whose cells are all numbers are set flush right, a rule follows the rows ``sections``."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=_harmless(title), title_justify="left")
     for index, column in enumerate(columns):
         numeric = all(_looks_numeric(row[index]) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")  # names stay whole
     for index, row in enumerate(rows):
-        table.add_row(*(escape(cell) for cell in row), end_section=index in sections)
+        table.add_row(*(_harmless(cell) for cell in row), end_section=index in sections)
     _out.print(table)
 
 
@@ -101,7 +124,7 @@ def show_bars(title: str, bars: Sequence[Bar], limit: Limit) -> None:
     cells = max(_MIN_BAR, min(_MAX_BAR, _out.width - label - behind - 4))
     scale = cells / max(limit.size, *(sum(bar.parts.values()) for bar in bars))
     at = round(limit.size * scale)
-    _out.print(Text(title, style="italic"))
+    _out.print(Text(_visible(title), style="italic"))
     _out.print(" " * max(0, label + at + 3 - len(limit.note)) + limit.note)
     for bar in bars:
         drawn = _drawn(bar.parts, kinds, scale)
@@ -152,7 +175,7 @@ def _can_print(signs: tuple[str, str, str]) -> bool:
 
 def show_line(line: str) -> None:
     """Print one line of the result."""
-    _out.print(escape(line))
+    _out.print(_harmless(line))
 
 
 @contextlib.contextmanager

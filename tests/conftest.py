@@ -1,6 +1,8 @@
 """What many tests share: random checkpoints and their files, and the trained models."""
 
-from collections.abc import Callable
+import os
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,24 @@ def trained(demo: Path) -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mount an empty disk with the options given, such as ``size=1m``; called again, it changes them."""
+    place = tmp_path / "small"
+
+    def mount(options: str) -> Path:
+        options = f"remount,{options}" if place.exists() else options
+        place.mkdir(exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("this machine does not let us mount a small file system")
+        return place
+
+    yield mount
+    if place.is_mount():
+        subprocess.run(["umount", place], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,7 @@ class Kept:
         if found is not None:
             return found.to(weight.device)
         data = self.backend.encoded(weight, kind, inputs)
-        with atomic_path(self._path(tensor, kind)) as temporary:
+        with atomic_path(self._path(tensor, kind), data.numel()) as temporary:
             data.cpu().numpy().tofile(temporary)
         return data
 

@@ -1,7 +1,6 @@
 """What a GGUF will be to the byte, in one file or several, before any weight is read."""
 
 import dataclasses
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from impq_edge.ggml.types import TensorType
 from impq_edge.model.recipe import TensorTypes, data_bytes, padded
 from impq_edge.model.spec import ModelSpec, TensorSpec
 from impq_edge.model.vocabulary import Vocabulary
+from impq_edge.records import scratch_directory
 
 Recipe = Mapping[str, str | int | float | None]
 """How a file was made, as its metadata tells it; see :mod:`impq_edge.conversion.metadata`."""
@@ -163,8 +163,8 @@ def _headers(
             writer.add_tensor_info(
                 tensor.gguf_name, tensor.shape, np.dtype(np.float32), kind.tensor_bytes(tensor.shape), kind.ggml
             )
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "header.gguf"
+    with scratch_directory() as folder:
+        path = folder / "header.gguf"
         writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

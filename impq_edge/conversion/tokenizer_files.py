@@ -1,14 +1,13 @@
 """What the tokenizer files of a checkpoint say, merged as transformers merges them."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pydantic
 
 from impq_edge.errors import ModelError
-from impq_edge.records import has_half_pair, parse, read_text, shown, shown_text
+from impq_edge.records import from_json, has_half_pair, parse, read_text, shown, shown_text
 
 Merge = tuple[str, str]
 
@@ -117,7 +116,7 @@ def read_object(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        value = json.loads(read_text(path))
+        value = from_json(read_text(path))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not JSON ({shown_text(str(error))}); download the checkpoint again.") from None
     if not isinstance(value, dict):

@@ -22,7 +22,7 @@ from impq_edge.ggml.encode import encode
 from impq_edge.ggml.types import TensorType
 from impq_edge.model.recipe import padded
 from impq_edge.model.spec import ModelSpec, TensorSpec
-from impq_edge.records import atomic_path
+from impq_edge.records import atomic_path, require_free
 
 Progress = Callable[[int], None]
 """Told how many bytes of tensor data have just been written, padding included."""
@@ -30,6 +30,9 @@ Progress = Callable[[int], None]
 _Bytes = NDArray[np.uint8]
 
 _CHUNK_WEIGHTS = 1 << 19  # 2 MiB as float32; 2 to 100 ms of encoding, against some 0.1 ms to hand it over
+
+_RECORD_BYTES = 1 << 18
+"""Room for the record beside a file, some forty bytes a tensor: without it a whole file would have to be made again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +86,11 @@ def write_gguf(
     digest = hashlib.sha256()
     n_threads = threads or os.cpu_count() or 1
     with contextlib.ExitStack() as stack:  # closes the last file first: the first gets its name last
-        temporaries = [stack.enter_context(atomic_path(path)) for path in paths]
+        require_free(paths[0], layout.file_bytes + _RECORD_BYTES)
+        temporaries = [
+            stack.enter_context(atomic_path(path, piece.file_bytes))
+            for path, piece in zip(paths, layout.pieces, strict=True)
+        ]
         with ThreadPoolExecutor(n_threads) as pool:
             for temporary, piece in zip(temporaries, layout.pieces, strict=True):
                 jobs = _jobs(directory, layout, piece, encoder)

@@ -13,7 +13,7 @@ from impq_edge.data import data_path
 from impq_edge.devices.speeds import MeasuredSpeeds
 from impq_edge.errors import DeviceError, RecordError
 from impq_edge.ggml.cache import KvType, is_quantised
-from impq_edge.records import STRICT, Record, load_toml, parse
+from impq_edge.records import STRICT, Record, load_toml, parse, shown
 
 PYTHON_PROCESS_BYTES = 80 * 2**20
 """Python and llama.cpp apart from the model's own buffers, rounded up.
@@ -193,7 +193,9 @@ def _path_of(name_or_path: str) -> Path:
         return Path(name_or_path)
     if name_or_path not in device_names():
         near = difflib.get_close_matches(name_or_path, device_names(), n=3, cutoff=0.4) or device_names()
-        raise DeviceError(f"No device is called {name_or_path!r}; use one of {', '.join(near)}, or the path of a TOML.")
+        raise DeviceError(
+            f"No device is called {shown(name_or_path)}; use one of {', '.join(near)}, or the path of a TOML."
+        )
     return data_path("devices", f"{name_or_path}.toml")
 
 

@@ -15,7 +15,7 @@ from impq_edge.impq.speed import NAME as GENERATION_TIME
 from impq_edge.model.players import Player, PlayerKind, players_of
 from impq_edge.model.recipe import data_bytes, tensor_types
 from impq_edge.model.spec import ModelSpec
-from impq_edge.records import STRICT, Record, shown_text
+from impq_edge.records import STRICT, PlainName, Record, shown_text
 
 PUBLISHED_TYPES = tuple(BLOCK_TYPES)
 """The bits of the paper's program, in which embedding and head are no players."""
@@ -58,10 +58,10 @@ class Allocation(Record):
 
     SCHEMA: ClassVar[str] = "impq-edge.allocation/3"
 
-    model_name: str
+    model_name: PlainName
     model_sha256: str  # content of the checkpoint
     profile_sha256: str
-    device: str
+    device: PlainName
     context_tokens: int
     kv_type: KvType
     alpha: float | None  # None where no program was solved

@@ -15,6 +15,9 @@ _ARCHITECTURES: dict[str, Architecture] = {
     "Gemma2ForCausalLM": "gemma2",
     "Qwen3ForCausalLM": "qwen3",
 }
+CLASSES: dict[Architecture, str] = {architecture: name for name, architecture in _ARCHITECTURES.items()}
+"""Architecture → the class of transformers."""
+
 _ACTIVATIONS = {"llama": {"silu"}, "qwen3": {"silu"}, "gemma2": {"gelu_pytorch_tanh"}}
 _GEMMA2_27B_BLOCKS = 46  # the block count by which llama.cpp's gemma2.cpp recognises the 27B's attention scale
 _MAX_BLOCKS = 1 << 10  # the deepest published dense models have less than 200

@@ -6,15 +6,21 @@ that library.
 
 import contextlib
 import errno
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from impq_edge.errors import ModelError
+from impq_edge.records import is_plain_name, shown, shown_text
 
 _LICENCES = ("LICENSE*", "NOTICE*")
 _FILES = ("README.md", "*.json", "tokenizer.model", "merges.txt", "*.jinja", "model*.safetensors", *_LICENCES)
+_COMMIT = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,127}")
+_SENSELESS = (ValueError, TypeError, LookupError, AttributeError, AssertionError, RecursionError)
+"""What the library raises at answers that are not the hub's; it checks few of them."""
+
 _NOT_FILES = ("*/*",)  # folders hold other exports of the same weights
 
 
@@ -50,6 +56,10 @@ def plan(repository: str, revision: str | None) -> list[Any]:
         When the repository or revision is unknown, access is refused, or the hub cannot be reached.
     """
     files: list[Any] = _ask(repository, revision, lambda _: None, dry_run=True)
+    for file in files:
+        plain = is_plain_name(file.filename) and _COMMIT.fullmatch(str(file.commit_hash))
+        if not plain or type(file.file_size) is not int or file.file_size < 0:
+            raise _senseless(repository, f"a file {shown(file.filename)} of {shown(file.file_size)} bytes")
     return files
 
 
@@ -101,6 +111,8 @@ def headers(repository: str, revision: str | None) -> tuple[Path, dict[str, dict
         ) from error
     except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined, unused-ignore]
         raise ModelError(_explain(error, repository, revision)) from error
+    except _SENSELESS as error:
+        raise _senseless(repository, shown_text(str(error))) from error
     return config, {
         file: {name: (info.dtype, tuple(info.shape)) for name, info in header.tensors.items()}
         for file, header in found.files_metadata.items()
@@ -133,6 +145,12 @@ def _ask(repository: str, revision: str | None, advance: Callable[[int], None], 
     # HTTPError is the base of the transport errors of the HTTP client that the hub library happens to use.
     except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined, unused-ignore]
         raise ModelError(_explain(error, repository, revision)) from error
+    except _SENSELESS as error:
+        raise _senseless(repository, shown_text(str(error))) from error
+
+
+def _senseless(repository: str, what: str) -> ModelError:
+    return ModelError(f"What the hub says of {repository} makes no sense ({what}); check HF_ENDPOINT.")
 
 
 def _snapshot(repository: str, revision: str | None, **options: Any) -> Any:
@@ -172,8 +190,8 @@ def _explain(error: BaseException, repository: str, revision: str | None) -> str
         return _explain_disk(error, repository)
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return (
-        f"The hub did not deliver {named} ({lines[0].rstrip('.')}); check the network and HF_ENDPOINT and run the "
-        "same command again, or pass a directory."
+        f"The hub did not deliver {named} ({shown_text(lines[0].rstrip('.'))}); check the network and HF_ENDPOINT and "
+        "run the same command again, or pass a directory."
     )
 
 

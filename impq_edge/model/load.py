@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from impq_edge.errors import ModelError
+from impq_edge.model.config import CLASSES
 from impq_edge.model.spec import ModelSpec, TensorSpec
+from impq_edge.model.watched import require_as_hashed
 from impq_edge.model.weights import find_tensor, require_finite
 
 if TYPE_CHECKING:
@@ -50,9 +51,8 @@ def load_model(directory: Path, spec: ModelSpec, device: "torch.device", dtype: 
 
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     with _quiet():
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = _class_of(spec).from_pretrained(
             directory,
-            trust_remote_code=False,
             use_safetensors=True,
             local_files_only=True,
             attn_implementation=_attention(spec),
@@ -74,7 +74,8 @@ def load_outside(directory: Path, spec: ModelSpec, device: "torch.device", dtype
     from accelerate import init_empty_weights
 
     with _quiet():
-        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        config = _class_of(spec).config_class.from_pretrained(directory, local_files_only=True)
+        require_as_hashed(directory / "config.json")
         with init_empty_weights(include_buffers=False):  # rotary frequencies and the like are computed, not stored
             model: Any = transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, trust_remote_code=False, attn_implementation=_attention(spec), dtype=dtype
@@ -103,6 +104,13 @@ def load_block(
             _put(layer, tensor.name_in_block, _read_as_stored(directory, tensor), device, dtype)
 
 
+def _class_of(spec: ModelSpec) -> Any:
+    """Return the class of the architecture that was checked; transformers' Auto classes go by what the files say."""
+    import transformers
+
+    return getattr(transformers, CLASSES[spec.hyperparameters.architecture])
+
+
 def _attention(spec: ModelSpec) -> str:
     # Scaled dot-product attention has no soft cap, so transformers itself asks for eager on Gemma-2.
     return "eager" if spec.hyperparameters.attention_softcap else "sdpa"
@@ -119,13 +127,9 @@ def _put(
 
 
 def _read_as_stored(directory: Path, tensor: TensorSpec) -> "torch.Tensor":
-    from safetensors import SafetensorError, safe_open
+    """Read a tensor into memory of its own: safetensors would map the file, and the game play what becomes of it."""
+    import torch
 
-    assert tensor.shard is not None, f"{tensor.name} is derived, not stored"
-    path = directory / tensor.shard
-    try:
-        with safe_open(path, framework="pt") as file:
-            values: torch.Tensor = file.get_tensor(tensor.name)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"Shard {path} cannot be read ({error}); download the checkpoint again.") from None
-    return values
+    found = find_tensor(directory, tensor)
+    values = torch.from_numpy(found.rows_as_stored(0, tensor.shape[0]))
+    return values.view(torch.bfloat16) if found.format == "BF16" else values

@@ -1,6 +1,7 @@
 """Where a checkpoint comes from: the model that ships with the package, a directory, or the hub."""
 
 import dataclasses
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,11 +9,14 @@ from pathlib import Path
 from impq_edge.data import data_path
 from impq_edge.errors import ModelError
 from impq_edge.model import hub
+from impq_edge.records import shown
 
 DEMO = "demo"
 """The name of the trained model that ships with the package."""
 
 _DEMO_DIRECTORY = ("demo", "tiny-llama3")
+_REVISION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/+-]{0,199}")  # it becomes a path in the hub's cache
+_NAME_SHOWN = 400  # characters
 _COMMIT_SHOWN = 12  # hexadecimal digits of a commit in messages
 
 
@@ -27,6 +31,7 @@ class Source:
     commit: str | None = None  # the hub's commit, None for a directory
     cached_bytes: int = 0  # in the hub's cache already
     download_bytes: int = 0
+    content_sha256: str | None = None  # what its files must hold, once they were read
     cache_only: bool = False  # the hub did not answer for it, and the cached commit stands in
 
     def summary(self) -> str:
@@ -60,11 +65,15 @@ def find(model: str, revision: str | None = None) -> Source:
         When the name is none of the three, or the hub's model is unknown, gated, not in safetensors,
         or neither reachable nor cached.
     """
+    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
+        raise ModelError(f"Revision {shown(revision)} is none; pass a branch, tag or commit.")
     directory = demo_directory() if model == DEMO else _directory(model)
     if directory is None:
         return _find_on_hub(model, revision)
     if revision is not None:
-        raise ModelError(f"Revision {revision!r} was given, but {model!r} is not a hub id; leave the revision out.")
+        raise ModelError(
+            f"Revision {revision!r} was given, but {shown(model)} is not a hub id; leave the revision out."
+        )
     return Source(model=model, name=directory.resolve().name, directory=directory)
 
 
@@ -92,7 +101,7 @@ def fetch(source: Source, advance: Callable[[int], None] = lambda _: None) -> Pa
     if source.directory is not None:
         return source.directory
     _require_space(source)
-    return hub.download(source.model, source.revision, advance)
+    return hub.download(source.model, source.commit, advance)  # the one that was told of
 
 
 def checkpoint(model: str, revision: str | None = None, advance: Callable[[int], None] = lambda _: None) -> Path:
@@ -107,13 +116,17 @@ def _directory(model: str) -> Path | None:
         if model and path.is_dir():
             return path
         if model and path.exists():
-            raise ModelError(f"{model} is a file; pass the directory of a checkpoint, or a hub id such as org/name.")
+            raise ModelError(
+                f"{shown(model)} is a file; pass the directory of a checkpoint, or a hub id such as org/name."
+            )
     except OSError as error:
-        raise ModelError(f"{model!r} cannot be read: {error.strerror}; pass a directory or a hub id.") from None
+        raise ModelError(
+            f"{shown(model, _NAME_SHOWN)} cannot be read: {error.strerror}; pass a directory or a hub id."
+        ) from None
     _require_hub_library(model)
     if not hub.is_repository_name(model):
         raise ModelError(
-            f"{model!r} is neither a directory nor a hub id; pass a checkpoint's directory, org/name, or {DEMO!r}."
+            f"{shown(model)} is neither a directory nor a hub id; pass a checkpoint's directory, org/name, or {DEMO!r}."
         )
     return None
 
@@ -123,7 +136,7 @@ def _require_hub_library(model: str) -> None:
         import huggingface_hub  # noqa: F401
     except ModuleNotFoundError:
         raise ModelError(
-            f"{model!r} is not a directory, and hub ids need huggingface_hub; pip install 'impq-edge[workstation]'."
+            f"{shown(model)} is no directory, and hub ids need huggingface_hub; pip install 'impq-edge[workstation]'."
         ) from None
 
 

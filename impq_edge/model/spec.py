@@ -4,7 +4,6 @@ Everything here comes from ``config.json`` and the safetensors headers; no weigh
 """
 
 import dataclasses
-import json
 import os
 import re
 import threading
@@ -18,7 +17,18 @@ from gguf import MODEL_ARCH, TensorNameMap, get_tensor_name_map
 
 from impq_edge.errors import ModelError
 from impq_edge.model.config import HyperParameters, read_hyperparameters
-from impq_edge.records import STRICT, Record, read_text, sha256_file, sha256_json, shown, shown_text
+from impq_edge.model.watched import State, changed, file_sha256, state_of
+from impq_edge.records import (
+    STRICT,
+    PlainName,
+    Record,
+    from_json,
+    is_plain_name,
+    read_text,
+    sha256_json,
+    shown,
+    shown_text,
+)
 
 Role = Literal["embedding", "head", "matrix", "vector"]
 
@@ -30,6 +40,7 @@ _FLOAT_DTYPES = {"F32", "F16", "BF16"}
 _CONTENT_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
                   "special_tokens_map.json", "chat_template.jinja")  # fmt: skip
 _CONTENT_FOLDER = "additional_chat_templates"
+_ADAPTER_FILE = "adapter_config.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -66,7 +77,7 @@ class ModelSpec(Record):
 
     SCHEMA: ClassVar[str] = "impq-edge.model/1"
 
-    name: str
+    name: PlainName
     hyperparameters: HyperParameters
     tensors: tuple[TensorSpec, ...]
     content_sha256: str  # over configuration, tokenizer and every shard
@@ -119,15 +130,43 @@ def read_model(
     """
     if not directory.is_dir():
         raise ModelError(f"{directory} is not a directory; pass a checkpoint directory or a hub id.")
+    name = name or directory.resolve().name
+    if not is_plain_name(name):
+        raise ModelError(
+            f"The model is called {shown(name)} like its directory, and files are to be called after it; rename that."
+        )
+    before = _states(directory)
     config = read_config(directory / "config.json")
+    if (directory / _ADAPTER_FILE).exists():  # transformers would load what it names, and put it over the weights
+        raise ModelError(f"{directory} holds an adapter ({_ADAPTER_FILE}); merge it into the weights, or remove it.")
     hyperparameters = read_hyperparameters(config)
     tensors = tensor_inventory(read_headers(directory), hyperparameters, str(directory))
-    return ModelSpec(
-        name=name or directory.resolve().name,
-        hyperparameters=hyperparameters,
-        tensors=tensors,
-        content_sha256=_content_sha256(directory, tensors, progress),
-    )
+    content_sha256 = _content_sha256(directory, tensors, progress)
+    after = _states(directory)
+    if after != before:  # between parsing and hashing
+        names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+        raise changed(*(directory / name for name in names))
+    return ModelSpec(name, hyperparameters, tensors, content_sha256)
+
+
+def require_unchanged(directory: Path, spec: ModelSpec) -> None:
+    """Refuse a checkpoint that is no longer what ``spec`` says; nothing is hashed again that nothing wrote to.
+
+    Raises
+    ------
+    ModelError
+        Naming the files.
+    """
+    now = _content_sha256(directory, spec.tensors, lambda _done, _total: None)
+    if now != spec.content_sha256:
+        raise changed(*(directory / name for name in changed_files(now, spec.content_sha256)))
+
+
+def changed_files(*contents: str) -> list[str]:
+    """Return the names of the files by which checkpoints differ; empty where this process did not hash them."""
+    known = [_files.get(content, {}) for content in contents]
+    names = sorted({name for files in known for name in files})
+    return [name for name in names if len({files.get(name) for files in known}) > 1] if all(known) else []
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -135,7 +174,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise ModelError(f"{path.parent} has no config.json; pass a checkpoint directory laid out as on the hub.")
     try:
-        config = json.loads(read_text(path))
+        config = from_json(read_text(path))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not JSON ({shown_text(str(error))}); download the checkpoint again.") from None
     if not isinstance(config, dict):
@@ -226,7 +265,7 @@ def _shards(directory: Path) -> list[str]:
             raise ModelError(f"{index} has no weight_map of file names; download the checkpoint again.")
         shards = sorted(set(weight_map.values()))
         for shard in shards:
-            if Path(shard).name != shard:
+            if Path(shard).name != shard or not is_plain_name(shard):
                 raise ModelError(
                     f"{index} names {shown(shard)}, which is not a plain file name; do not trust this model."
                 )
@@ -251,9 +290,15 @@ def _shards(directory: Path) -> list[str]:
     raise ModelError(f"{directory} has shards but no model.safetensors.index.json; download the checkpoint again.")
 
 
+def _require_regular(path: Path) -> None:
+    if not path.is_file():  # a pipe may never end, nor a device
+        raise ModelError(f"{path} is no regular file; download the checkpoint again.")
+
+
 def _header(path: Path) -> dict[str, tuple[int, ...]]:
     from safetensors import SafetensorError, safe_open
 
+    _require_regular(path)
     try:
         with safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
@@ -303,7 +348,9 @@ def _content_sha256(directory: Path, tensors: tuple[TensorSpec, ...], progress: 
     templates = sorted(f"{_CONTENT_FOLDER}/{path.name}" for path in (directory / _CONTENT_FOLDER).glob("*.jinja"))
     names = [*_CONTENT_FILES, *templates, *sorted({tensor.shard for tensor in tensors if tensor.shard})]
     files = {name: directory / name for name in names if (directory / name).exists()}
-    total = sum(path.stat().st_size for path in files.values())
+    for path in files.values():
+        _require_regular(path)
+    total = sum(size for _, _, size, _, _ in map(state_of, files.values()))
     done, lock = 0, threading.Lock()
 
     def advance(size: int) -> None:
@@ -313,17 +360,18 @@ def _content_sha256(directory: Path, tensors: tuple[TensorSpec, ...], progress: 
             progress(done, total)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        hashes = pool.map(lambda path: _file_sha256(path, advance), files.values())
-        return sha256_json(dict(zip(files, hashes, strict=True)))
+        hashes = pool.map(lambda path: file_sha256(path, advance), files.values())
+        found = dict(zip(files, hashes, strict=True))
+    content = sha256_json(found)
+    _files[content] = found
+    return content
 
 
-_known_hashes: dict[tuple[str, int, int, int], str] = {}
+_files: dict[str, dict[str, str]] = {}  # content of a checkpoint → name → hash of each of its files
 
 
-def _file_sha256(path: Path, advance: Callable[[int], None]) -> str:
-    """Hash a file once per process and state: stages of one build read the same gigabytes."""
-    state = path.stat()
-    key = (str(path.resolve()), state.st_ino, state.st_size, state.st_mtime_ns)
-    if key not in _known_hashes:
-        _known_hashes[key] = sha256_file(path, advance)
-    return _known_hashes[key]
+def _states(directory: Path) -> dict[str, State]:
+    """Return the states of all files that a record of the checkpoint depends on."""
+    folders = [*(directory / _CONTENT_FOLDER).glob("*.jinja"), *directory.glob("*.safetensors")]
+    paths = [*(directory / name for name in (*_CONTENT_FILES, "model.safetensors.index.json")), *folders]
+    return {path.relative_to(directory).as_posix(): state_of(path) for path in paths if path.exists()}

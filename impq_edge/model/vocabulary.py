@@ -1,14 +1,13 @@
 """How large a vocabulary is in a GGUF, where its tokenizer is not read: counted, known, or guessed."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 
 from impq_edge.model.config import HyperParameters
-from impq_edge.records import STRICT, read_text
+from impq_edge.records import STRICT, from_json, read_text
 
 # A vocabulary that nothing is known of. GPT-2's has 7.1 bytes a token, a merge a token and 8.1 bytes a merge, Llama-3's
 # 8.4, 2.2 and 10.6, Qwen's 9.0, 1.0 and 10.0; SentencePiece-like ones 6.6 (Llama-2) and 7.5 (Gemma-2) bytes a token.
@@ -51,7 +50,7 @@ def count_vocabulary(directory: Path, hyper: HyperParameters) -> Vocabulary | No
     if not path.is_file():
         return None
     try:
-        found = json.loads(read_text(path))
+        found = from_json(read_text(path))
         model, added = found["model"], found.get("added_tokens") or []
         tokens = {*model["vocab"], *(token["content"] for token in added)}
         merges = [_joined(merge) for merge in model.get("merges") or []]

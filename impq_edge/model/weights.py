@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from impq_edge.errors import ModelError
 from impq_edge.model.spec import TensorSpec
+from impq_edge.model.watched import require_as_hashed
 
 _STORED_AS: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 _LENGTH_BYTES = 8
@@ -41,8 +42,12 @@ class StoredTensor:
         Raises
         ------
         ModelError
-            When the file cannot be read.
+            When the file cannot be read, or changed since the checkpoint was opened.
         """
+        return _as_float32(self.rows_as_stored(first, last), self.format)
+
+    def rows_as_stored(self, first: int, last: int) -> NDArray[Any]:
+        """Read the same without converting it; BF16 as uint16 of the same bits."""
         stored_as = _STORED_AS[self.format]
         row = math.prod(self.shape[1:])
         try:
@@ -53,7 +58,8 @@ class StoredTensor:
             raise _unreadable(self.path, error.strerror or error) from None
         if values.size != (last - first) * row:
             raise _unreadable(self.path, f"it ends inside {self.name!r}")
-        return _as_float32(values, self.format).reshape(last - first, *self.shape[1:])
+        require_as_hashed(self.path)
+        return values.reshape(last - first, *self.shape[1:])
 
 
 def find_tensor(directory: Path, tensor: TensorSpec) -> StoredTensor:
