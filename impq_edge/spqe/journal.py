@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from impq_edge.errors import RecordError, SensitivityError
-from impq_edge.records import read_text, shown, shown_text
+from impq_edge.errors import SensitivityError
+from impq_edge.records import read_text, shown, shown_text, write_error
 from impq_edge.spqe.sampling import Coalition
 
 _SCHEMA = "impq-edge.journal/2"
@@ -54,12 +54,20 @@ class Journal:
         line = f"{zlib.crc32(text.encode()):08x} {text}\n".encode()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
+            with self.path.open("ab", buffering=0) as file:
+                whole_bytes = file.tell()
+                try:
+                    left = memoryview(line)
+                    while left:
+                        left = left[file.write(left) :]
+                    os.fsync(file.fileno())
+                except OSError:  # what a full disk took of the line is given back
+                    file.truncate(whole_bytes)
+                    if not whole_bytes:
+                        self.path.unlink()
+                    raise
         except OSError as error:
-            raise RecordError(f"{self.path} cannot be written: {error.strerror}; free space or choose -o.") from error
+            raise write_error(self.path, error, len(line)) from error
 
     def _resume(self, inputs: dict[str, Any]) -> None:
         intact, lines = _intact_lines(self.path, read_text(self.path))

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import ClassVar
 
+import numpy as np
 import pydantic
+from numpy.typing import NDArray
 
 from impq_edge.impq.allocate import average_bits_constraint, bits_within
 from impq_edge.impq.allocation import PUBLISHED_TYPES
@@ -15,13 +17,13 @@ from impq_edge.model.players import Player
 from impq_edge.records import STRICT
 from impq_edge.spqe.estimate import estimate
 from impq_edge.spqe.rounds import BATCH, Ask, Room, fitting, search_rounds
-from impq_edge.spqe.sampling import Coalition, Draw, uniform
+from impq_edge.spqe.sampling import Coalition, Draw, alone, uniform
 
 SHARE = 0.4
 """Share of all evaluations that the design takes."""
 
 MOST_ROUNDS = 40
-"""More evaluations make larger batches, not more rounds: each takes a search, 3 s of a core for 112 players."""
+"""More evaluations make larger batches, not more rounds: each takes a search."""
 
 CURVE = tuple(Fraction(quarter, 4) for quarter in range(9, 16))
 """Average bits at which rounds are played where no device is given: 2.25 to 3.75."""
@@ -87,7 +89,7 @@ def play_rounds(
     n_players = len(next(iter(seen)))
     rooms = [Room.of(budget) for budget in rounds.budgets]
     left = evaluations - len(seen)
-    ask(_missing_starts(seen, pairs, rounds, rooms)[: max(0, left)])
+    ask(_starts(seen, pairs, rounds, rooms)[: max(0, left)])
     if max(seen.values()) > seen[uniform(4, n_players)]:  # else 2 bit harms nothing, and there is no game to model
         search_rounds(ask, seen, rooms, evaluations, rounds.batch)
 
@@ -98,19 +100,33 @@ def program_answer(seen: Mapping[Coalition, float], pairs: Sequence[Draw], budge
     return as_coalition(bits_within(budget, found.phi, found.covariance, alpha=1.0))
 
 
-def _missing_starts(
+def _starts(
     seen: Mapping[Coalition, float], pairs: Sequence[Draw], rounds: Rounds, rooms: Sequence[Room]
 ) -> list[Coalition]:
-    """Return one coalition for each budget that nothing measured keeps, so that the search can start there.
+    """Return where the search begins at each budget, besides at what was measured.
 
-    All at 2 bit keeps most budgets; but on some devices 4 bit is the faster type, or the smaller one in memory.
+    That is what players alone at 2 bit would choose, where all of them were measured: with many players a search by
+    single steps from elsewhere ends further away. Otherwise, where nothing measured keeps a budget, what the pairs
+    would choose. All at 2 bit keeps most budgets; but on some devices 4 bit is the faster type, or the smaller one in
+    memory.
     """
-    starts = [
-        program_answer(seen, pairs, budget)
-        for budget, room in zip(rounds.budgets, rooms, strict=True)
-        if not fitting(seen, room)
-    ]
-    return list(dict.fromkeys(starts))
+    n_players = len(next(iter(seen)))
+    apart = alone(2, n_players)
+    if all(each in seen for each in apart):
+        harm = np.array([seen[each] for each in apart]) - seen[uniform(4, n_players)]
+        found = [additive_answer(harm, budget) for budget in rounds.budgets]
+    else:
+        found = [
+            program_answer(seen, pairs, budget)
+            for budget, room in zip(rounds.budgets, rooms, strict=True)
+            if not fitting(seen, room)
+        ]
+    return [each for each in dict.fromkeys(found) if each not in seen]
+
+
+def additive_answer(harm: NDArray[np.float64], budget: Budget) -> Coalition:
+    """Return the best within a budget, if players at 2 bit add to the loss ``harm``, (N,), and no more."""
+    return as_coalition(bits_within(budget, harm, np.zeros((len(harm), len(harm)))))
 
 
 def as_coalition(bits: Sequence[int]) -> Coalition:

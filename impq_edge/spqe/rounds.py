@@ -25,6 +25,10 @@ _HOPES = (0.0, 0.5, 1.0, 2.0)  # standard deviations below its mean that a propo
 _STARTS = 4  # of the local search, from the best that were measured
 _STEPS = 60  # at most, of a local search
 _KEPT = 24  # neighbours of every step that are kept as candidates
+_SWAPPED = 16  # players at either width that are tried in swaps, where there are more swaps; never up to 32 players
+
+_ALONE = 0.7
+"""Share of all evaluations up to which players alone are measured first, whatever the share of the design."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +84,8 @@ def design(n_players: int, evaluations: int, share: float, seed: int) -> tuple[l
     evaluations
         In all, with the rounds; 2 or more.
     share
-        Of them that this part takes; 4 in any case where there are so many, so that a pair is among them.
+        Of them that this part takes; 4 in any case where there are so many, so that a pair is among them, and more
+        where players alone take more: where there are many, those say most about each for the least.
 
     Returns
     -------
@@ -89,13 +94,15 @@ def design(n_players: int, evaluations: int, share: float, seed: int) -> tuple[l
     Then the pairs among the coalitions, as ``stratified`` draws them: a player alone at 2 and at 4 bit is one too.
     """
     limit = min(evaluations, max(4, round(share * evaluations)))
+    most = max(limit, round(_ALONE * evaluations))
     found = dict.fromkeys([uniform(4, n_players), uniform(2, n_players)])
     pairs: dict[Draw, None] = {}
-    if 2 + 2 * n_players <= limit:
+    if 2 + 2 * n_players <= most:
         found |= dict.fromkeys([*alone(2, n_players), *alone(4, n_players)])
         pairs |= dict.fromkeys((one,) for one in range(pairs_of_size(1, n_players) if n_players > 1 else 0))
-    elif 4 + n_players <= limit:
+    elif 4 + n_players <= most:
         found |= dict.fromkeys(alone(2, n_players))
+        limit = max(limit, 4 + n_players)  # a pair in any case
     for draw in draws("stratified", n_players, limit // 2 + n_players, seed):
         fresh = [coalition for coalition in coalitions_of("stratified", draw, n_players) if coalition not in found]
         if len(found) + len(fresh) > limit:
@@ -105,11 +112,19 @@ def design(n_players: int, evaluations: int, share: float, seed: int) -> tuple[l
     return list(found), list(pairs)
 
 
-def neighbours(lowest: Array, room: Room) -> Array:
-    """Return every coalition one flip or one swap away, (m, N), that keeps the budgets; ``lowest`` is (N,)."""
+def neighbours(lowest: Array, room: Room, harm: Callable[[Array], Array] | None = None) -> Array:
+    """Return the coalitions one flip or one swap away, (m, N), that keep the budgets; ``lowest`` is (N,).
+
+    Where there are many players, swaps are those of the most promising ones: at 4 bit those that harm least for what
+    they save, at 2 bit those that help most for what they cost, by ``harm`` of each flip. All of them without it.
+    """
     n = len(lowest)
     flips = np.abs(np.eye(n) - lowest)
     down, up = np.flatnonzero(lowest == 0), np.flatnonzero(lowest == 1)
+    if harm is not None and len(down) * len(up) > _SWAPPED**2:
+        each = harm(np.vstack([lowest, flips]))
+        rate = (each[1:] - each[0]) / np.maximum(np.abs(room.costs[room.tightest]), 1e-12)
+        down, up = (side[np.argsort(rate[side], kind="stable")[:_SWAPPED]] for side in (down, up))
     swaps = np.repeat(lowest[None], len(down) * len(up), axis=0)
     rows = np.arange(len(swaps))
     swaps[rows, np.repeat(down, len(up))] = 1
@@ -200,10 +215,14 @@ def _promising(surrogate: Surrogate, starts: Array, room: Room) -> list[Coalitio
     """Descend from every start, by the mean and by what may be hoped for; return everything met, in order."""
     met: dict[Coalition, None] = {}
     for hope in (0.0, 1.0):
+        passed: set[bytes] = set()  # from where another start has gone on already
         for start in starts:
             here, score = start, np.inf
             for _ in range(_STEPS):
-                around = neighbours(here, room)
+                if here.tobytes() in passed:
+                    break
+                passed.add(here.tobytes())
+                around = neighbours(here, room, surrogate.mean)
                 if not len(around):
                     break
                 scores = _hoped(surrogate, around, hope)

@@ -1,9 +1,10 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from impq_edge.errors import SensitivityError
+from impq_edge.errors import RecordError, SensitivityError
 from impq_edge.spqe.journal import Journal, from_text, to_text
 
 INPUTS = {"model": "abc", "tokens": 512, "backend": {"name": "hqq"}}
@@ -71,3 +72,20 @@ def test_other_inputs_are_refused_by_name(tmp_path: Path, change: dict[str, obje
 
 def test_coalitions_as_text() -> None:
     assert to_text((4, 2, 2)) == "422" and from_text("422") == (4, 2, 2)
+
+
+def test_a_full_disk_takes_no_part_of_a_line(small_disk: Callable[[str], Path]) -> None:
+    path = small_disk("size=8k") / "j"
+    journal, told = Journal(path, INPUTS), 0
+    with pytest.raises(RecordError, match=r"j is full: [\d,]+ bytes are needed and [\d,]+ bytes are free; free some"):
+        for told in range(1000):
+            journal.add(f"{told:b}".translate({48: "2", 49: "4"}), np.array([told / 3]))
+    assert path.read_bytes().endswith(b"\n") and len(Journal(path, INPUTS).losses) == told
+    small_disk("size=1m")
+    journal.add("2424", np.array([0.5]))
+    assert len(Journal(path, INPUTS).losses) == told + 1
+    path.with_name("filled").write_bytes(bytes((1 << 20) - path.stat().st_size // 4096 * 4096 - 4096))
+    other = path.with_name("other")
+    with pytest.raises(RecordError, match="is full"):
+        Journal(other, INPUTS).add("44", np.array([1.0]))
+    assert not other.exists()

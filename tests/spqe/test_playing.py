@@ -9,19 +9,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from impq_edge.impq.allocate import bits_within
 from impq_edge.impq.problem import Constraint
 from impq_edge.spqe.playing import (
     SHARE,
     Budget,
     Rounds,
+    as_coalition,
     binding,
     evaluations_for,
     fitting,
     holds_all_4,
     play_rounds,
 )
-from impq_edge.spqe.rounds import BATCH, Room, best_measured, design
-from impq_edge.spqe.sampling import Coalition, coalitions_of, complement, draws, draws_for, evaluation_order, uniform
+from impq_edge.spqe.rounds import BATCH, Room, best_measured, design, from_row, neighbours
+from impq_edge.spqe.sampling import (
+    Coalition,
+    alone,
+    coalitions_of,
+    complement,
+    draws,
+    draws_for,
+    evaluation_order,
+    uniform,
+)
 
 Value = Callable[[Coalition], float]
 
@@ -29,12 +40,12 @@ Value = Callable[[Coalition], float]
 def game_of(n_players: int, seed: int) -> Value:
     """Damage with interactions of either sign, under a loss that bends and saturates."""
     generator = np.random.default_rng(seed)
-    alone = generator.gamma(0.5, 1, n_players)
-    pairs = np.triu(generator.normal(0, 0.3, (n_players, n_players)), 1) * np.sqrt(np.outer(alone, alone))
+    apart = generator.gamma(0.5, 1, n_players)
+    pairs = np.triu(generator.normal(0, 0.3, (n_players, n_players)), 1) * np.sqrt(np.outer(apart, apart))
 
     def value(coalition: Coalition) -> float:
         x = (np.array(coalition) == 2).astype(float)
-        return float(4 + 3 * (1 - np.exp(-(max(alone @ x + x @ pairs @ x, 0) ** 1.2) / 3)))
+        return float(4 + 3 * (1 - np.exp(-(max(apart @ x + x @ pairs @ x, 0) ** 1.2) / 3)))
 
     return value
 
@@ -76,7 +87,9 @@ def test_a_design_has_as_many_coalitions_as_were_asked_for(
 ) -> None:
     found, pairs = design(n_players, evaluations, share, seed)
     limit = min(evaluations, max(4, round(share * evaluations)))
-    assert len(found) == len(set(found)) <= limit
+    most = max(limit, round(0.7 * evaluations))  # where players alone need it
+    limit = max(limit, next((each for each in (2 + 2 * n_players, 4 + n_players) if each <= most), 0))
+    assert len(found) == len(set(found)) <= limit <= evaluations
     assert len(found) >= limit - 1 or len(found) == 2**n_players  # a pair takes two places
     extremes = {uniform(4, n_players), uniform(2, n_players)}
     assert set(found[:2]) == extremes == set(found[: len(extremes)])
@@ -90,12 +103,55 @@ def test_a_design_has_as_many_coalitions_as_were_asked_for(
 def test_players_alone_come_first_and_all_of_a_kind_or_none(evaluations: int, kinds: int) -> None:
     n = 8
     found, pairs = design(n, evaluations, 1.0, 0)
-    alone = [[tuple(bits if p == i else 6 - bits for p in range(n)) for i in range(n)] for bits in (2, 4)]
-    expected = [c for kind in alone[:kinds] for c in kind]
+    apart = [[tuple(bits if p == i else 6 - bits for p in range(n)) for i in range(n)] for bits in (2, 4)]
+    expected = [c for kind in apart[:kinds] for c in kind]
     assert found[2 : 2 + len(expected)] == expected
     assert kinds < 2 or pairs[:n] == [(i,) for i in range(n)]
     others = found[2 + len(expected) :]
     assert all(complement(c) in found for c in others)
+
+
+@pytest.mark.parametrize(("permutations", "kinds"), [(3, 2), (2, 1)])
+def test_many_players_are_measured_alone_even_where_that_is_most_of_the_evaluations(
+    permutations: int, kinds: int
+) -> None:
+    n = 112
+    found, pairs = design(n, evaluations_for(n, permutations), SHARE, 0)
+    assert set(found) >= {*alone(2, n), *(alone(4, n) if kinds == 2 else ())} and pairs
+    assert len(found) <= 0.7 * evaluations_for(n, permutations)
+
+
+def test_rounds_begin_with_what_players_alone_would_choose() -> None:
+    n = 60  # from all at 2 bit, the best that keeps the budget, the best mix is 30 steps away
+    generator = np.random.default_rng(0)
+    harm, costs = generator.exponential(size=n), generator.integers(1, 9, size=n).tolist()
+    budget = (limit(costs, sum(costs) // 2),)
+    found, pairs = design(n, 2 + 2 * n, 1.0, 0)
+    played = Played(lambda c: 4 + float(harm @ (np.array(c) == 2)))
+    played.ask(found)
+    play_rounds(played.ask, played.seen, pairs, Rounds.within([budget], len(found) + 1), len(found) + 1)
+    best = best_measured(played.seen, Room.of(budget))
+    assert best == as_coalition(bits_within(budget, harm, np.zeros((n, n)))) and played.batches[1:] == [1]
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 10**6), n_players=st.integers(2, 40))
+def test_neighbours_keep_the_budget_and_are_all_of_them_where_players_are_few(seed: int, n_players: int) -> None:
+    generator = np.random.default_rng(seed)
+    costs = generator.integers(1, 9, size=n_players)
+    room = Room.of([limit(costs.tolist(), int(costs.sum() // 2))])
+    lowest = np.ones(n_players)
+    for player in generator.permutation(n_players):
+        lowest[player] = 0
+        lowest[player] = float(not room.fits(lowest[None])[0])
+    every = {from_row(row) for row in neighbours(lowest, room)}
+    harm = generator.exponential(size=n_players)
+    few = {from_row(row) for row in neighbours(lowest, room, lambda rows: rows @ harm)}
+    away = [int(((np.array(c) == 2) != (lowest == 1)).sum()) for c in every]
+    assert set(away) <= {1, 2} and few <= every
+    assert few == every or (lowest == 0).sum() * (lowest == 1).sum() > 256
+    assert n_players > 32 or few == every
+    assert {c for c, d in zip(every, away, strict=True) if d == 1} <= few
 
 
 def test_pairs_are_those_that_the_estimator_draws() -> None:
