@@ -16,10 +16,11 @@ from impq_edge.conversion.writer import write_gguf
 from impq_edge.errors import ConversionError, RecordError
 from impq_edge.ggml.types import BLOCK_TYPES, TensorType
 from impq_edge.impq.allocation import Allocation
+from impq_edge.lock import sole_maker
 from impq_edge.model.calibration import DEFAULT_CALIBRATION_TOKENS, DEFAULT_WINDOW_TOKENS
 from impq_edge.model.recipe import TensorTypes, data_bytes, fallbacks, require_no_fallback, tensor_types
 from impq_edge.model.source import DEMO, Source
-from impq_edge.model.spec import ModelSpec
+from impq_edge.model.spec import ModelSpec, require_unchanged
 from impq_edge.stages.opening import (
     calibration_text,
     calibration_windows,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 FILE_TYPES = (TensorType.F32, TensorType.F16, TensorType.Q8_0, TensorType.Q4_K, TensorType.Q2_K)
 
 
+@sole_maker
 def convert(
     model: str | Source = DEMO,
     *,
@@ -117,6 +119,7 @@ def convert(
             f"The file would take {layout.unsplit_bytes} bytes, not the {found.predicted_file_bytes} of the "
             "allocation, which another version of impq-edge made; make profile and allocation anew."
         )
+    require_unchanged(directory, spec)  # tokenizer and card were read after the hash; the writer looks to the weights
     known = _written_before(out, layout)
     if known is not None:
         return known

@@ -10,10 +10,11 @@ from impq_edge.data import data_path
 from impq_edge.errors import SensitivityError
 from impq_edge.impq.allocate import Request, allocate_blocks, budgets_of
 from impq_edge.impq.allocation import PUBLISHED_TYPES
+from impq_edge.lock import sole_maker
 from impq_edge.model.players import players_of
 from impq_edge.model.source import DEMO, Source
-from impq_edge.model.spec import ModelSpec
-from impq_edge.records import load_one_of, sha256_json
+from impq_edge.model.spec import ModelSpec, require_unchanged
+from impq_edge.records import is_plain_name, is_there, load_one_of, sha256_json
 from impq_edge.spqe.estimate import Estimate
 from impq_edge.spqe.journal import Journal
 from impq_edge.spqe.ladder import LadderProfile
@@ -26,6 +27,7 @@ from impq_edge.spqe.table import Job, Progress
 from impq_edge.stages.opening import calibration_windows, open_model, require_compute, require_rows, tokenizer_of
 
 
+@sole_maker
 def profile(
     model: str | Source = DEMO,
     *,
@@ -99,6 +101,7 @@ def profile(
     return measured.profile
 
 
+@sole_maker
 def ladder(
     model: str | Source = DEMO,
     *,
@@ -145,8 +148,8 @@ def ladder(
 
 def load_profile(name: Path | str) -> SensitivityProfile | LadderProfile:
     """Load a sensitivity profile or a ladder from a file, or by the name of one that ships with the package."""
-    path, shipped = Path(name), data_path("profiles", f"{name}.json")
-    if not path.exists() and Path(name).name == str(name) and shipped.exists():
+    path = Path(name)
+    if not is_there(path) and is_plain_name(str(name)) and (shipped := data_path("profiles", f"{name}.json")).exists():
         path = shipped
     found = load_one_of(path, SensitivityProfile, LadderProfile)
     assert isinstance(found, SensitivityProfile | LadderProfile)
@@ -175,16 +178,20 @@ def _job(
     text = calibration_windows(directory, game.calibration, longest, game.window_tokens)
     windows, seen = text.first(game.tokens), text.first(game.calibration_tokens)
     settings = game_settings(
-        game.backend, backend, windows, players=game.players, device=device, calibration=seen,
+        game.backend, backend, windows, players=game.player_kind, device=device, calibration=seen,
         objective=game.measured_objective,
     )  # fmt: skip
     header = header_bytes(spec, tokenizer_of(directory, spec))
+    require_unchanged(directory, spec)  # what was read of it now is what its record tells
     return Job(directory.resolve(), spec, backend, windows, settings, seen, kept), header
 
 
 def _require_same_inputs(out: Path, model: ModelSpec, settings: GameSettings, job: Job) -> None:
     if model.content_sha256 != job.spec.content_sha256 or settings != job.settings:
-        raise SensitivityError(f"{out} is a profile of other inputs; give another -o, or delete it to make it anew.")
+        other = "settings" if model.content_sha256 == job.spec.content_sha256 else "files of the checkpoint"
+        raise SensitivityError(
+            f"{out} is a profile of other inputs ({other}); give another -o, or delete it to make it anew."
+        )
 
 
 def _told(measured: Measured) -> str:
@@ -196,9 +203,9 @@ def _told(measured: Measured) -> str:
 
 def _rounds(game: GameOptions, spec: ModelSpec, header: int, requests: Sequence[Request]) -> Rounds:
     """Return the rounds of a curve that serves all devices, or of the budgets of those that are known."""
-    players = players_of(spec, game.players)
+    players = players_of(spec, game.player_kind)
     if requests and game.curve is None:
-        budgets = [budgets_of(spec, header, request, game.players) for request in requests]
+        budgets = [budgets_of(spec, header, request, game.player_kind) for request in requests]
     else:
         budgets = curve(players, game.targets or CURVE)
     return Rounds.within(budgets, evaluations_for(len(players), game.walks))
@@ -211,11 +218,11 @@ def _stability(
     if game.until_stable is None:
         return "", None
     if game.until_stable != "allocation":
-        return game.until_stable, stability_answer(game.until_stable, spec, game.players)
+        return game.until_stable, stability_answer(game.until_stable, spec, game.player_kind)
 
     def allocations(found: Estimate) -> tuple[tuple[int, ...], ...]:
         return tuple(
-            allocate_blocks(spec, header, found.phi, found.covariance, "", request, game.players).player_bits
+            allocate_blocks(spec, header, found.phi, found.covariance, "", request, game.player_kind).player_bits
             for request in requests
         )
 

@@ -11,7 +11,8 @@ from impq_edge.ggml.types import TensorType
 from impq_edge.model.calibration import Windows, read_windows
 from impq_edge.model.recipe import fallbacks, require_no_fallback
 from impq_edge.model.source import Source, fetch, find
-from impq_edge.model.spec import ModelSpec, read_model
+from impq_edge.model.spec import ModelSpec, changed_files, read_model
+from impq_edge.model.watched import changed
 
 if TYPE_CHECKING:
     from impq_edge.spqe.table import Progress
@@ -22,14 +23,23 @@ _MIB = 2**20
 def open_model(
     model: str | Source, revision: str | None = None, progress: "Progress" = lambda *_: None
 ) -> tuple[Path, ModelSpec]:
-    """Find a checkpoint, download what is missing of it, and read its record."""
+    """Find a checkpoint, download what is missing of it, and read its record.
+
+    Raises
+    ------
+    ModelError
+        When it cannot be used, or is no longer what ``model`` says it held.
+    """
     source = find(model, revision) if isinstance(model, str) else model
     directory = fetch(source, in_mebibytes("downloading, MiB", source.download_bytes, progress))
 
     def hashed(done: int, total: int) -> None:
         progress("hashing the checkpoint, MiB", done // _MIB, total // _MIB)
 
-    return directory, read_model(directory, source.name, hashed)
+    spec = read_model(directory, source.name, hashed)
+    if source.content_sha256 not in (None, spec.content_sha256):
+        raise changed(*(directory / name for name in changed_files(spec.content_sha256, source.content_sha256)))
+    return directory, spec
 
 
 def tokenizer_of(directory: Path, spec: ModelSpec) -> Tokenizer:
