@@ -4,7 +4,6 @@ import dataclasses
 import platform
 import re
 import sys
-import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import ClassVar
@@ -12,7 +11,7 @@ from typing import ClassVar
 import pydantic
 
 from impq_edge.errors import ValidationError
-from impq_edge.records import STRICT, Record
+from impq_edge.records import STRICT, Record, scratch_directory
 from impq_edge.validation.file import read_facts
 from impq_edge.validation.process import run_child
 from impq_edge.validation.report import Status
@@ -162,8 +161,8 @@ def _unused(features: tuple[str, ...], system_info: str) -> list[str]:
 
 
 def _probes(gguf: Path | None, timeout_s: float) -> tuple[Probe, ...]:
-    with tempfile.TemporaryDirectory() as folder:
-        sample = Path(folder) / "random weights"
+    with scratch_directory() as folder:
+        sample = folder / "random weights"
         if gguf is None:
             write_sample(sample)
         return tuple(_probe(gguf or sample, bufts, timeout_s) for bufts in (True, False))

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 import impq_edge.errors
 from impq_edge.errors import ValidationError
+from impq_edge.records import scratch_error
 from impq_edge.validation import cgroup
 from impq_edge.validation.results import MemoryLimit
 from impq_edge.validation.watch import Watch
@@ -99,7 +100,7 @@ def run_child(
     before = _oom_kills()
     with (
         _group(memory) as group,
-        tempfile.TemporaryFile() as stderr,
+        _said() as stderr,
         _start(arguments, stderr, job["kind"] in {"score", "compare"}) as child,
     ):
         watch = Watch(child, timeout_s, _polled_bytes(memory))
@@ -129,6 +130,17 @@ def run_child(
             raise ValidationError(_ending(job, status, last, out_of_memory=_oom_kills() > before))
         assert result is not None
         return result
+
+
+@contextlib.contextmanager
+def _said() -> Iterator[IO[bytes]]:
+    """Yield a file for what the child says last."""
+    try:
+        file = tempfile.TemporaryFile()  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise scratch_error(error) from error
+    with file:
+        yield file
 
 
 def _failed(result: dict[str, Any] | None, status: int) -> bool:

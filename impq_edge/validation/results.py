@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 class Score:
     """The perplexity of a file on a text."""
 
+    # A plain dict with the values of records.STRICT, as in RunSettings.
+    __pydantic_config__: ClassVar["pydantic.ConfigDict"] = {"extra": "forbid", "allow_inf_nan": False}
+
     perplexity: float | None  # None: a window's loss is not finite
     stderr: float | None  # one standard error of the perplexity, tokens taken as independent
     scored_tokens: int

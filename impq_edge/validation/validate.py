@@ -142,8 +142,8 @@ def compare(
     threads: int | None = None,
     timeout_s: float = 3600.0,
     progress: Progress = lambda _stage, _done, _total: None,
-) -> Divergence:
-    """Measure only how far a file's predictions are from a reference's; arguments as for :func:`validate`.
+) -> tuple[Score, Divergence]:
+    """Measure only perplexity, and how far predictions are from a reference's; arguments as for :func:`validate`.
 
     Raises
     ------
@@ -155,10 +155,10 @@ def compare(
         read_facts(file)
     content = read_text(text or data_path("demo", "evaluation.txt"))
     settings = RunSettings(_SCORE_CONTEXT_TOKENS, threads or available_threads())
-    _, divergence = _score(path, reference, content, windows, settings, timeout_s, None, progress)
+    score, divergence = _score(path, reference, content, windows, settings, timeout_s, None, progress)
     if divergence is None:
         raise ValidationError(f"The predictions of {path} are not finite; its weights are broken, build it again.")
-    return divergence
+    return score, divergence
 
 
 def _score(

@@ -16,7 +16,6 @@ from impq_edge.validation.divergence import Compared, compare_tokens, measure_di
 from impq_edge.validation.llama import Engine
 from impq_edge.validation.perplexity import CHUNK_TOKENS, measure_perplexity
 from impq_edge.validation.report import ValidationReport
-from impq_edge.validation.results import Divergence
 from impq_edge.validation.settings import RunSettings
 from impq_edge.validation.validate import compare, request_sha256, validate
 
@@ -223,9 +222,11 @@ def report(files: dict[str, Path]) -> ValidationReport:
 def test_a_report_tells_of_the_reference_and_survives_the_disk(
     report: ValidationReport, files: dict[str, Path], tmp_path: Path
 ) -> None:
-    found = compare(files["q2_k"], files["f16"], windows=1, threads=1)
-    assert report.divergence == found
-    assert isinstance(found, Divergence)
+    score, found = compare(files["q2_k"], files["f16"], windows=1, threads=1)
+    assert report.divergence == found and (report.perplexity, report.window_nlls) == (
+        score.perplexity,
+        score.window_nlls,
+    )
     assert report.passed and report.reference == "f16.gguf"
     assert {check.name: check.value for check in report.checks}["divergence"] == found.kld_mean
     report.save(tmp_path / "report.json")
@@ -289,6 +290,6 @@ def test_more_bits_diverge_less(trained: Callable[[str], Path], tmp_path: Path, 
     means = []
     for kind in ("f16", "q8_0", "q4_k", "q2_k"):
         impq_edge.convert(str(trained(architecture)), encode=RTN, type=kind, out=tmp_path / f"{kind}.gguf")
-        means.append(compare(tmp_path / f"{kind}.gguf", tmp_path / "f16.gguf", windows=8).kld_mean)
+        means.append(compare(tmp_path / f"{kind}.gguf", tmp_path / "f16.gguf", windows=8)[1].kld_mean)
     assert means[0] == 0
     assert means == sorted(means)

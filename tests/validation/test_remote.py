@@ -22,6 +22,7 @@ from sshd import Sshd
 
 from impq_edge.data import data_path
 from impq_edge.errors import DeviceError, ValidationError
+from impq_edge.validation.remote import agent
 from impq_edge.validation.remote.agent import PART_BYTES, content_sha256
 from impq_edge.validation.remote.environment import fits, wanted_environment
 from impq_edge.validation.remote.files import copy_items, hash_items
@@ -223,6 +224,17 @@ def processes_of(board: Sshd) -> list[str]:
         except OSError:
             continue
     return [line for line in found if "sshd" not in line]
+
+
+def test_a_clock_that_jumps_takes_no_result_that_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A board without a battery for its clock ended a job "in 1970"; now it knows the time."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    jobs = agent.cache() / "jobs"
+    for name, time_s in (("older", 1000), ("newest", 2000)):
+        (jobs / name).mkdir()
+        os.utime(jobs / name, (time_s, time_s))
+    agent.prepare({"objects": [], "content": "another", "wheels": []})
+    assert [job.name for job in jobs.iterdir()] == ["newest"]
 
 
 def test_two_copies_of_one_file_wait_for_each_other(board: Sshd, big: Path) -> None:

@@ -96,7 +96,8 @@ def cache() -> Path:
 def prepare(request: dict[str, Any]) -> dict[str, Any]:
     """Say what is already here of an environment and of files, and how much room there is."""
     folder = cache()
-    for job in (folder / "jobs").iterdir():
+    # Never the newest: the clock of a board without a battery jumps, once it hears the time, from where it stopped.
+    for job in sorted((folder / "jobs").iterdir(), key=lambda job: job.stat().st_mtime)[:-1]:
         if time.time() - job.stat().st_mtime > _STALE_S and not _is_running(job):
             shutil.rmtree(job, ignore_errors=True)
     disk = os.statvfs(folder)

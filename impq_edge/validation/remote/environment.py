@@ -4,9 +4,12 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+import pydantic
 
 from impq_edge.errors import ValidationError
+from impq_edge.records import STRICT, parse
 from impq_edge.validation.process import Progress
 from impq_edge.validation.remote.agent import content_sha256
 from impq_edge.validation.remote.files import Item, copy_items, hash_items, mib
@@ -19,6 +22,7 @@ Agree = Callable[[str], bool]
 """Called with a question; returns whether the answer is yes."""
 
 _INDEX_PACKAGES = 22  # what the base install takes from the index today; only the progress counts on it
+Size = Annotated[int, pydantic.Field(ge=0, lt=2**62)]
 _LLAMA = re.compile(r"llama_cpp_python-", re.IGNORECASE)
 
 
@@ -34,6 +38,32 @@ class Environment:
     def carried_sha256(self) -> list[str] | None:
         """What the other side compares with what it has."""
         return None if self.carried is None else sorted(item.sha256 for item in self.carried)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What the agent says is there already, as :func:`impq_edge.validation.remote.agent.prepare` gives it."""
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
+
+    cache: str
+    free_bytes: Size
+    present: dict[str, Size]  # bytes of files by their hash
+    python: str | None  # that has this very package
+    renewable: bool
+    cores: int
+    compiler: str | None
+
+
+def read_prepared(answer: object, host: Host) -> Prepared:
+    """Check what another machine answered.
+
+    Raises
+    ------
+    RecordError
+        When it is nothing that the agent says.
+    """
+    return parse(Prepared, answer, Path(f"the answer of {host.name}"))
 
 
 def wanted_environment(host: Host, wheels: Path | None, folder: Path) -> Environment:
@@ -93,7 +123,7 @@ def ensure_environment(
     connection: Connection,
     host: Host,
     environment: Environment,
-    prepared: dict[str, Any],
+    prepared: Prepared,
     agree: Agree,
     progress: Progress,
     say: Say,
@@ -112,8 +142,8 @@ def ensure_environment(
     ValidationError
         When something cannot be installed, or would have to be compiled and is not to be.
     """
-    if prepared["python"]:
-        return str(prepared["python"])
+    if prepared.python:
+        return prepared.python
 
     def install(items: tuple[Item, ...], **how: bool) -> dict[str, Any]:
         size_bytes = sum(item.size_bytes for item in items)
@@ -122,12 +152,14 @@ def ensure_environment(
         return _install(connection, host, environment, items, how, progress, say)
 
     everything = (environment.own, *(environment.carried or ()))
-    answer = install((environment.own,), renew=True) if prepared["renewable"] else {"again": "whole"}
+    answer = install((environment.own,), renew=True) if prepared.renewable else {"again": "whole"}
     if answer.get("again") == "whole":
         answer = install(everything)
     if answer.get("again") == "compile":
         _ask_to_compile(host, prepared, agree)
         answer = install(everything, compile=True)
+    if not isinstance(answer.get("python"), str):
+        raise ValidationError(f"{host.name} names no Python for what was installed there; use --remote-clean all.")
     return str(answer["python"])
 
 
@@ -151,20 +183,20 @@ def _install(
         "compile": False,
         **how,
     }
-    answer: dict[str, Any] = follow(connection, host.python, request, progress, say)
-    return answer
+    answer = follow(connection, host.python, request, progress, say)
+    return answer if isinstance(answer, dict) else {}
 
 
-def _ask_to_compile(host: Host, prepared: dict[str, Any], agree: Agree) -> None:
+def _ask_to_compile(host: Host, prepared: Prepared, agree: Agree) -> None:
     carry = f"collect wheels with scripts/carry-wheels {host.machine} DIR and pass --wheels DIR"
-    if not prepared["compiler"]:
+    if not prepared.compiler:
         raise ValidationError(
             f"The package index has no wheel of llama-cpp-python for {host.name}, which has no C++ compiler either; "
             f"{carry}, or install one there (Debian: apt-get install g++ make python3-dev)."
         )
     question = (
         f"llama-cpp-python must be compiled on {host.name}, which took 12 minutes on two cores of a server and can "
-        f"take an hour on a small board; it has {prepared['cores']} cores. Compile it?"
+        f"take an hour on a small board; it has {prepared.cores} cores. Compile it?"
     )
     if not agree(question):
         raise ValidationError(

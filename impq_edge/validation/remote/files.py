@@ -88,6 +88,8 @@ def _copy(connection: Connection, python: str, item: Item, progress: Progress, s
         kind, parts = conversation.expect({"parts", "result"}, progress, say)
         if kind == "result":  # it is there
             return
+        if not isinstance(parts, list):
+            raise conversation.nonsense()
         with item.path.open("rb") as file:
             kept = _same_parts(file, parts)
             conversation.write(f"{kept}\n".encode())

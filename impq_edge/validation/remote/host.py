@@ -8,6 +8,7 @@ from impq_edge.errors import ValidationError
 from impq_edge.validation.remote.ssh import Connection, plain
 
 LEAST_PYTHON = (3, 11)
+_NUMBER = re.compile(r"[0-9]{1,18}")
 _NAMES = ("python3", "python3.15", "python3.14", "python3.13", "python3.12", "python3.11", "python")
 
 # Every command's stdin is closed: it would otherwise eat the rest of the script.
@@ -74,7 +75,7 @@ def ask_host(connection: Connection, python: str | None = None) -> Host:
     known = dict(facts)
     total = _bytes(known.get("MemTotal:"))
     limit = known.get("limit", "")
-    if total is not None and limit.isdecimal():  # a container's share
+    if total is not None and _NUMBER.fullmatch(limit):  # a container's share
         total = min(total, int(limit))
     return Host(
         name=connection.host, machine=plain(known.get("machine", "")), system=plain(known.get("system", "")),
@@ -106,7 +107,7 @@ def _choose(host: str, found: list[str], asked: str | None) -> tuple[str, tuple[
 
 
 def _bytes(kib: str | None) -> int | None:
-    return int(kib) * 1024 if kib and kib.isdecimal() else None
+    return int(kib) * 1024 if kib and _NUMBER.fullmatch(kib) else None
 
 
 def _first(said: str) -> str:

@@ -8,10 +8,16 @@ from typing import Any, Literal
 
 from impq_edge.devices.profile import DeviceProfile, load_device
 from impq_edge.errors import ImpqError, RecordError, ValidationError
-from impq_edge.records import parse
+from impq_edge.records import parse, shown
 from impq_edge.validation.file import read_facts
 from impq_edge.validation.process import Progress
-from impq_edge.validation.remote.environment import Agree, ensure_environment, wanted_environment
+from impq_edge.validation.remote.environment import (
+    Agree,
+    Prepared,
+    ensure_environment,
+    read_prepared,
+    wanted_environment,
+)
 from impq_edge.validation.remote.files import Item, copy_items, hash_items, mib
 from impq_edge.validation.remote.host import Host, ask_host
 from impq_edge.validation.remote.jobs import follow
@@ -96,7 +102,7 @@ def validate_on(
         prepared = _prepare(connection, there, environment.content, environment.carried_sha256, task.items)
         try:
             chosen = ensure_environment(connection, there, environment, prepared, agree, progress, say)
-            _copy(connection, there, task, prepared["present"], progress, say)
+            _copy(connection, there, task, prepared.present, progress, say)
             request = {**task.request, "python": chosen, "content": environment.content}
             answer = follow(connection, there.python, request, progress, say)
             report = _report(there, answer)
@@ -104,9 +110,9 @@ def validate_on(
         except ConnectionLostError:
             raise
         except ImpqError:
-            _clean(connection, there, clean, task, prepared["cache"], say)
+            _clean(connection, there, clean, task, prepared.cache, say)
             raise
-        _clean(connection, there, "files" if damaged and clean == "nothing" else clean, task, prepared["cache"], say)
+        _clean(connection, there, "files" if damaged and clean == "nothing" else clean, task, prepared.cache, say)
     if damaged:
         raise ValidationError(
             f"The copy of {path.name} on {host} has sha256 {report.sha256}, not {task.file_sha256}; its disk may be "
@@ -148,22 +154,20 @@ def _task(
 
 def _prepare(
     connection: Connection, there: Host, content: str, wheels: list[str] | None, items: tuple[Item, ...]
-) -> dict[str, Any]:
+) -> Prepared:
     """Ask what is there already, and refuse a disk that is too small for the rest."""
     request = {"op": "prepare", "content": content, "wheels": wheels, "objects": [item.sha256 for item in items]}
-    found: dict[str, Any] = connection.ask(there.python, request, lambda *_: None, lambda _: None)
-    missing_bytes = sum(max(0, item.size_bytes - found["present"][item.sha256]) for item in items)
-    check_disk(
-        there.name, found["free_bytes"], missing_bytes, not found["python"] and not found["renewable"], found["cache"]
-    )
+    found = read_prepared(connection.ask(there.python, request, lambda *_: None, lambda _: None), there)
+    missing_bytes = sum(max(0, item.size_bytes - found.present.get(item.sha256, 0)) for item in items)
+    check_disk(there.name, found.free_bytes, missing_bytes, not found.python and not found.renewable, found.cache)
     return found
 
 
 def _copy(
     connection: Connection, there: Host, task: _Task, present: dict[str, int], progress: Progress, say: Say
 ) -> None:
-    missing = [item for item in task.items if present[item.sha256] < item.size_bytes]
-    held_bytes = sum(present[item.sha256] for item in missing)
+    missing = [item for item in task.items if present.get(item.sha256, 0) < item.size_bytes]
+    held_bytes = sum(present.get(item.sha256, 0) for item in missing)
     if missing:
         names = ", ".join(item.path.name for item in missing)
         kept = f"; {mib(held_bytes)} MiB of that are there from before" if held_bytes else ""
@@ -176,7 +180,9 @@ def _report(there: Host, answer: Any) -> ValidationReport:
     data = dict(answer) if isinstance(answer, dict) else {}
     schema = data.pop("schema", None)
     if schema != ValidationReport.SCHEMA:
-        raise RecordError(f"{there.name} sent {schema!r}, not {ValidationReport.SCHEMA!r}; use --remote-clean all.")
+        raise RecordError(
+            f"{there.name} sent {shown(schema)}, not {ValidationReport.SCHEMA!r}; use --remote-clean all."
+        )
     return parse(ValidationReport, data, Path(f"the report of {there.name}"))
 
 

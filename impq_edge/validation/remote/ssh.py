@@ -7,7 +7,6 @@ ours, so that a passphrase is asked for once and the user's own shared connectio
 
 import base64
 import contextlib
-import json
 import queue
 import re
 import shlex
@@ -23,6 +22,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from impq_edge.errors import ValidationError
+from impq_edge.records import from_json, shown
 from impq_edge.validation.process import Progress
 from impq_edge.validation.remote import agent
 
@@ -33,10 +33,13 @@ _HOST_CHARACTERS = re.compile(r"(?:ssh://)?[A-Za-z0-9_.@:%+\[\]-]+")
 _CONNECT_TIMEOUT_S = 20
 _ALIVE_S, _ALIVE_COUNT = 15, 4  # a network that is silent for a minute counts as broken
 _KEEP_S = 60  # the shared connection outlives a killed parent by so long
+_JOIN_S = 0.05
 _STOP_S = 25.0  # for the other side to end what it started, a little longer than its own patience
 _SSH_FAILED = 255  # ssh's own status; any other is the remote command's
 _MAX_FOLDER_CHARACTERS = 60  # a socket's path holds 104 on macOS, and ssh appends a name and a random ending
-_MAX_LINE_BYTES = 1 << 26
+_MAX_LINE_BYTES = 1 << 24
+_MAX_SAID_BYTES = 1 << 20  # by the shell: a dozen lines, and what a login script prints
+_MAX_WAITING = 16  # messages; a machine that says more is read no faster than it is heeded
 _MAX_TEXT_CHARACTERS = 2000
 
 # What ssh says in its last line, and what to do about it.
@@ -124,13 +127,21 @@ class Connection:
             When the host cannot be reached or lets nobody in.
         """
         with tempfile.TemporaryFile() as errors:  # a pipe would stay open in the shared connection's process
-            done = subprocess.run(
-                self._arguments("exec sh -s"), input=script.encode(), stdout=subprocess.PIPE, stderr=errors, check=False
-            )
-            if done.returncode == _SSH_FAILED:
+            command = self._arguments("exec sh -s")
+            with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors) as process:
+                assert process.stdin
+                assert process.stdout
+                with contextlib.suppress(BrokenPipeError):  # it ended: its status says why
+                    process.stdin.write(script.encode())
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.close()
+                said = process.stdout.read(_MAX_SAID_BYTES)
+                if len(said) == _MAX_SAID_BYTES:
+                    process.kill()  # what it says beyond is no answer
+            if process.returncode == _SSH_FAILED:
                 raise ValidationError(self._unreachable(errors))
         self._shared = self._control("check")
-        return done.stdout.decode("utf-8", "replace")
+        return said.decode("utf-8", "replace")
 
     @contextlib.contextmanager
     def talk(self, python: str, request: dict[str, Any]) -> Iterator["Conversation"]:
@@ -192,7 +203,7 @@ class Conversation:
 
     def __init__(self, host: str, process: "subprocess.Popen[bytes]", errors: IO[bytes]) -> None:
         self._host, self._process, self._errors = host, process, errors
-        self._messages: queue.SimpleQueue[tuple[str, Any] | None] = queue.SimpleQueue()
+        self._messages: queue.Queue[bytes | None] = queue.Queue(_MAX_WAITING)
         self._reader = threading.Thread(target=self._read, daemon=True)
 
     def __enter__(self) -> Self:
@@ -205,8 +216,12 @@ class Conversation:
             self._process.stdin.close()
         if kind is not None:
             self._process.kill()
+        while self._reader.is_alive():  # it may wait for room
+            with contextlib.suppress(queue.Empty):
+                self._messages.get(timeout=_JOIN_S)
+        assert self._process.stdout
+        self._process.stdout.close()
         self._process.wait()
-        self._reader.join()
 
     def write(self, data: bytes) -> None:
         """Send bytes.
@@ -232,7 +247,7 @@ class Conversation:
         ValidationError
             With the other side's sentence, or one for how it ended; ConnectionLostError where it was the connection.
         """
-        while (message := self._messages.get()) is not None:
+        while (message := self._next()) is not None:
             if message[0] in kinds:
                 return message
             self._heed(*message, progress, say)
@@ -245,7 +260,7 @@ class Conversation:
     def heed(self, progress: Progress, say: Say) -> None:
         """Pass on what has been said so far, without waiting."""
         while not self._messages.empty():
-            message = self._messages.get()
+            message = self._next()
             if message is None:
                 raise self._ended()
             self._heed(*message, progress, say)
@@ -267,20 +282,37 @@ class Conversation:
 
     def _heed(self, kind: str, value: Any, progress: Progress, say: Say) -> None:
         if kind == "error":
-            raise ValidationError(f"On {self._host}: {plain(str(value))}")
+            raise ValidationError(f"On {self._host}: {_told(value).rstrip('.')}.")
         if kind == "say":
-            say(f"On {self._host}: {plain(str(value))}")
-        if kind == "progress" and isinstance(value, list) and [type(part) for part in value] == [str, int, int]:
-            progress(plain(value[0]), value[1], value[2])
+            say(f"On {self._host}: {_told(value)}")
+        match value:
+            case [str() as phase, int() as done, int() as total] if kind == "progress" and 0 <= done <= total < 1 << 62:
+                progress(plain(phase), done, total)
 
     def _read(self) -> None:
         assert self._process.stdout
         with contextlib.suppress(OSError, ValueError):
             while line := self._process.stdout.readline(_MAX_LINE_BYTES):
                 if line.startswith(b'{"impq"') and line.endswith(b"\n"):  # else a login script's
-                    message = json.loads(line)
-                    self._messages.put((str(message["impq"]), message.get("value")))
+                    self._messages.put(line)
         self._messages.put(None)
+
+    def _next(self) -> tuple[str, Any] | None:
+        """Wait for a message; None where there are no more. One at a time is taken apart: they may be large."""
+        line = self._messages.get()
+        if line is None:
+            return None
+        try:
+            message = from_json(line.decode())
+            return str(message["impq"]), message.get("value")
+        except (ValueError, RecursionError):
+            raise self.nonsense() from None
+
+    def nonsense(self) -> ValidationError:
+        """Return the error for an answer that no agent gives."""
+        return ValidationError(
+            f"{self._host} sent what this program's agent never does; check what runs there, or use --remote-clean all."
+        )
 
     def _ended(self) -> ValidationError:
         status, said = self._process.wait(), _said(self._errors)
@@ -292,6 +324,10 @@ class Conversation:
             f"Python on {self._host} ended with status {status} ({_last(said)}); check its memory and its Python, or "
             "name another with --remote-python."
         )
+
+
+def _told(value: object) -> str:
+    return plain(value) if isinstance(value, str) else shown(value)
 
 
 def _said(errors: IO[bytes]) -> str:
