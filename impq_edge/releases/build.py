@@ -15,27 +15,26 @@ from impq_edge.devices.profile import DeviceProfile, load_device
 from impq_edge.ggml.cache import KvType
 from impq_edge.ggml.types import BLOCK_TYPES
 from impq_edge.impq.allocation import Allocation
-from impq_edge.model.players import players_of
+from impq_edge.lock import alone
 from impq_edge.model.source import DEMO, find
 from impq_edge.records import atomic_path
 from impq_edge.releases.agreement import (
     agreed,
-    is_what_ships,
     require_measurable,
     require_same_model,
     require_same_text,
 )
-from impq_edge.releases.lent import BackendLosses, measure_lent
-from impq_edge.releases.lock import alone
+from impq_edge.releases.comparison import THIS_FILE, Comparison, Scored, all_at
+from impq_edge.releases.lent import BackendLosses, lent_losses
 from impq_edge.releases.naming import file_name
 from impq_edge.releases.page import write_page
-from impq_edge.releases.preview import preview_of
-from impq_edge.releases.report import Comparison, backend_name, render
+from impq_edge.releases.preview import evaluations_of, preview_of
+from impq_edge.releases.report import render
 from impq_edge.releases.telling import Say, say_allocation
 from impq_edge.releases.trial import validated
+from impq_edge.releases.within import require_within
 from impq_edge.spqe.ladder import LadderProfile
 from impq_edge.spqe.options import GameOptions
-from impq_edge.spqe.playing import evaluations_for
 from impq_edge.spqe.profile import SensitivityProfile
 from impq_edge.spqe.table import Progress
 from impq_edge.stages import (
@@ -121,6 +120,7 @@ def build(
     ImpqError
         One sentence for whatever cannot be used.
     """
+    require_within(out)
     target = load_device(device) if isinstance(device, str) else device
     game, encoding = agreed(game or GameOptions(), encode)
     given = None if sensitivity is None else load_profile(sensitivity)
@@ -136,14 +136,14 @@ def build(
     source = find(model, revision)
     say(f"Model: {source.summary()}.")
     directory, spec = open_model(source, progress=progress)
-    source = dataclasses.replace(source, directory=directory)
+    source = dataclasses.replace(source, directory=directory, content_sha256=spec.content_sha256)
     require_rows(spec, allow_fallback)
-    require_allocatable(source, spec, request, game.players)
+    require_allocatable(source, spec, request, game.player_kind)
     profile_path, kept = out / "sensitivity.json", out / "encoded"
     done = given is not None or profile_path.exists()
     say(preview_of(spec, game, encoding, windows, played=done).told(out))
     if game.is_played_in_rounds and not done:
-        evaluations = evaluations_for(len(players_of(spec, game.players)), game.walks)
+        evaluations = evaluations_of(spec, game)
         say(f"The game is played in rounds, {evaluations:,} evaluations at most; the best that they measure is taken.")
 
     if given is not None and sensitivity is not None:
@@ -182,17 +182,13 @@ def build(
         else finish(f"uniform-{bits}bit.gguf", bits)
         for bits in (4, 2)
     }
-    losses = None
-    if isinstance(found, SensitivityProfile) and not is_what_ships(found, encoding):
-        losses = measure_lent(directory, found, allocation, encoding, out / "backend-losses.json", progress)
-        if losses.matters:
-            say(losses.warning(backend_name(found)))
+    losses = lent_losses(directory, found, {out / "backend-losses.json": allocation}, encoding, say, progress)
     plan = memory_plan(
         spec, allocation.tensor_types, artifact.file_bytes, target,
         context_tokens=allocation.context_tokens, kv_type=allocation.kv_type,
     )  # fmt: skip
     made = Build(out, target, found, allocation, artifact, validation, compared, plan)
-    compared_with = _comparison(made, losses)
+    compared_with = _comparison(made, losses[0] if losses else None)
     with atomic_path(out / "report.md") as temporary:
         temporary.write_text(render(compared_with, command), "utf-8")
     write_page(compared_with, command, out / "report.html", say)
@@ -230,7 +226,8 @@ def _comparison(made: Build, losses: BackendLosses | None) -> Comparison:
         profile=made.profile,
         allocation=made.allocation,
         mix=(made.artifact, made.validation),
-        uniform=made.uniform,
+        files={THIS_FILE: Scored.of(made.artifact, made.validation)}
+        | {all_at(bits): Scored.of(*both) for bits, both in made.uniform.items()},
         plan=made.plan,
         backend_losses=losses,
     )

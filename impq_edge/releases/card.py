@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from impq_edge.releases.gates import told_speed
+from impq_edge.releases.gates import told_number, told_speed
 from impq_edge.releases.manifest import Manifest, ReleasedFile, ReleasedModel, Taker
 
 _MIB = 2**20
@@ -73,30 +73,42 @@ def _takers(made: Manifest) -> str:
     lines = [
         "## Which device takes which",
         "",
-        "| device | context | file | memory, MiB: predicted, measured | tokens/s | gates |",
-        "|---|---:|---|---:|---:|---|",
+        "| device | context | file | memory, MiB: predicted, measured | tokens/s | gates | report |",
+        "|---|---:|---|---:|---:|---|---|",
     ]
     for file in made.files:
         for taker in file.takers:
+            gates, speed = "passed" if taker.passed else "**failed**", " ".join(speed_told(taker))
             memory = f"{taker.predicted.memory_bytes / _MIB:,.0f}, {taker.measured.memory_bytes / _MIB:,.0f}"
             lines.append(
                 f"| {_plain(taker.title)} (`{taker.device}`) | {taker.context_tokens:,} | {file.file} | {memory} "
-                f"| {_speed(taker)} | {'passed' if taker.passed else '**failed**'} |"
+                f"| {speed} | {gates} | {_reports(made, taker)} |"
             )
     told = "Memory is that of the process that runs the file, with the context filled."
     if not all(taker.measured.on_device for file in made.files for taker in file.takers):
         told += " Tokens/s marked “predicted” were not measured on the device, which was not reached."
+    if any(taker.measured.over_ssh for file in made.files for taker in file.takers):
+        told += " Those marked “over ssh” and their memory were measured on the device itself."
     return "\n".join([*lines, "", told])
 
 
-def _speed(taker: Taker) -> str:
+def _reports(made: Manifest, taker: Taker) -> str:
+    """Link what there is: the text, which the hub shows, and the page."""
+    there = {output.path for output in made.outputs}
+    found = [(name, f"{taker.records}/report.{kind}") for name, kind in (("text", "md"), ("page", "html"))]
+    return " ".join(f"[{name}]({path})" for name, path in found if path in there)
+
+
+def speed_told(taker: Taker) -> tuple[str, str]:
+    """Return generated tokens per second, and where they come from."""
     if taker.measured.on_device:
-        return f"{taker.measured.generation_tok_per_s:.1f} measured"
+        place = "measured over ssh" if taker.measured.over_ssh else "measured"
+        return f"{taker.measured.generation_tok_per_s:,.1f}", place
     rate = None if taker.predicted.speeds is None else taker.predicted.speeds.generation
     if rate is None:
-        return "unknown"
+        return "–", "unknown"
     likely, low, high = (told_speed(v) for v in (rate.likely_tok_per_s, rate.low_tok_per_s, rate.high_tok_per_s))
-    return f"{likely} predicted ({low}–{high})"
+    return likely, f"predicted ({low}–{high})"
 
 
 def _running(made: Manifest) -> str:
@@ -113,7 +125,7 @@ def _quality(made: Manifest) -> str:
     for model in made.models:
         for other in model.compared:
             lines.append(
-                f"| {model.name} | {other.what} | {other.file_bytes / _MIB:,.1f} | {other.perplexity:.3f} "
+                f"| {model.name} | {other.what} | {other.file_bytes / _MIB:,.1f} | {finite(other.perplexity)} "
                 f"| {other.kl_divergence:.4f} |"
             )
     text = next(i.name for i in made.inputs if i.kind == "evaluation text")
@@ -121,20 +133,21 @@ def _quality(made: Manifest) -> str:
     return "\n".join([*lines, "", told])
 
 
+def finite(perplexity: float | None) -> str:
+    """Return a perplexity for people."""
+    return "not finite" if perplexity is None else f"{perplexity:,.3f}"
+
+
 def _gates(made: Manifest) -> str:
     rows = [
         f"| {file.file} | {taker.device}, {taker.context_tokens:,} | {gate.name} | {gate.status} "
-        f"| {_number(gate.value)} | {_number(gate.limit)} | {_plain(gate.detail)} |"
+        f"| {told_number(gate.value)} | {told_number(gate.limit)} | {_plain(gate.detail)} |"
         for file in made.files
         for taker in file.takers
         for gate in taker.gates
     ]
     head = ["## Gates", "", "| file | for | gate | status | value | limit | |", "|---|---|---|---|---:|---:|---|"]
     return "\n".join([*head, *rows])
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _licences(made: Manifest) -> str:
@@ -152,10 +165,12 @@ def _licences(made: Manifest) -> str:
 
 def _provenance(made: Manifest) -> str:
     runs = ", ".join(_run(model) for model in made.models)
+    has_pages = any(output.path.endswith("/report.html") for output in made.outputs)
+    page = "`report.html` shows all of this on one page, in a browser. " if has_pages else ""
     return (
         "## How it was made\n\n"
         f"    {_plain(made.command)}\n\n"
-        f"Sensitivity was measured once a model ({runs}) and serves all of its files. `manifest.json` holds the "
+        f"Sensitivity was measured once a model ({runs}) and serves all of its files. {page}`manifest.json` holds the "
         "recipe, the hashes of every input and output, versions, and what was predicted and measured; "
         "`sha256sum --check SHA256SUMS` or `impq-edge verify .` checks the files, `impq-edge verify . "
         "--rebuild` the recipe."

@@ -18,10 +18,10 @@ from impq_edge.model.shapes import Shapes, find_shapes
 from impq_edge.model.spec import ModelSpec
 from impq_edge.releases.gates import process_bytes
 from impq_edge.releases.making import allocated, share
-from impq_edge.releases.matrix import Cell, Matrix, Row, resolve
+from impq_edge.releases.matrix import Cell, Matrix, Profile, Row, resolve
 from impq_edge.releases.naming import Layout
 from impq_edge.releases.order import Order, found_from
-from impq_edge.spqe.playing import evaluations_for
+from impq_edge.releases.preview import evaluations_of
 from impq_edge.stages import load_profile
 from impq_edge.stages.opening import tokenizer_of
 
@@ -48,7 +48,7 @@ class DryRun:
     directory: Path
     cells: tuple[Foreseen, ...]
     evaluations: dict[str, int]  # model → that would still be made
-    work_bytes: int  # of the files it compares with, removed at the end; those of one model at a time are largest
+    work_bytes: int  # of the files that a model is compared with, removed when it is done: the largest model's
 
     @property
     def files(self) -> dict[str, int]:
@@ -84,13 +84,11 @@ def foresee(order: Order, *, out: Path, base: Path = Path()) -> DryRun:
         taken = [(cell, _expected(matrix, cell, spec, header, known)) for cell in row.cells]
         for name, sharing in share(taken).items():
             cells += [_foreseen(name, row.name, spec, cell, made, known is not None) for cell, made in sharing]
-        evaluations[row.name] = 0 if known is not None else _evaluations(matrix, spec)
-        kinds = (TensorType.F16, BLOCK_TYPES[4])
-        outer = (TensorType.F16, matrix.order.head_type)
-        work_bytes += sum(
-            header + data_bytes(spec, tensor_types(spec, [kind] * spec.n_blocks, head))
-            for kind, head in zip(kinds, outer, strict=True)
-        )
+        evaluations[row.name] = 0 if known is not None else evaluations_of(spec, matrix.game)
+        kinds = (TensorType.F16, BLOCK_TYPES[4], BLOCK_TYPES[2])
+        outer = (TensorType.F16, matrix.order.head_type, matrix.order.head_type)
+        compared = (tensor_types(spec, [kind] * spec.n_blocks, head) for kind, head in zip(kinds, outer, strict=True))
+        work_bytes = max(work_bytes, sum(header + data_bytes(spec, types) for types in compared))
     return DryRun(order.name, out, tuple(cells), evaluations, work_bytes)
 
 
@@ -103,21 +101,19 @@ def _shape_of(matrix: Matrix, row: Row) -> tuple[ModelSpec, int]:
     return spec, estimated_header_bytes(spec, shapes.vocabulary)
 
 
-def _known_profile(row: Row, layout: Layout) -> Path | None:
+def _known_profile(row: Row, layout: Layout) -> Profile | None:
     """Return a profile that decides already: one that was given, or a finished one of an earlier run."""
-    if row.given is not None:
-        return row.given
-    path = layout.records(row.name) / "sensitivity.json"
+    if row.found is not None:
+        return row.found
     try:
-        load_profile(path)
+        return load_profile(layout.records(row.name) / "sensitivity.json")
     except RecordError:
         return None
-    return path
 
 
-def _expected(matrix: Matrix, cell: Cell, spec: ModelSpec, header: int, known: Path | None) -> Allocation:
+def _expected(matrix: Matrix, cell: Cell, spec: ModelSpec, header: int, known: Profile | None) -> Allocation:
     """Return the allocation of a profile that is there, or one that fills a cell's limits."""
-    request, players = cell.request, matrix.game.players
+    request, players = cell.request, matrix.game.player_kind
     if known is not None:
         return allocated(matrix, cell, known)
     who = players_of(spec, players, outer=request.is_ladder)
@@ -140,9 +136,3 @@ def _foreseen(name: str, model: str, spec: ModelSpec, cell: Cell, allocation: Al
         process_bytes(plan), None if rate is None else rate.likely_tok_per_s,
         is_known or allocation.everything_fits,
     )  # fmt: skip
-
-
-def _evaluations(matrix: Matrix, spec: ModelSpec) -> int:
-    game, n_players = matrix.game, len(players_of(spec, matrix.game.players))
-    played = evaluations_for(n_players, game.walks) if game.walks else 0
-    return played + (len(game.types) * (n_players + 1) if game.is_ladder else 0)

@@ -12,7 +12,8 @@ from impq_edge.impq.allocation import average_bits
 from impq_edge.model.mixes import stock_types
 from impq_edge.model.players import Player
 from impq_edge.model.recipe import data_bytes
-from impq_edge.releases.report import Comparison, difference_told, paired_difference, perplexity_told
+from impq_edge.releases.comparison import THIS_FILE, UNQUANTISED, Comparison, Scored
+from impq_edge.releases.report import difference_told, paired_difference, perplexity_told
 from impq_edge.spqe.ladder import LadderProfile
 from impq_edge.spqe.profile import SensitivityProfile
 from impq_edge.spqe.sampling import Coalition, uniform
@@ -70,7 +71,7 @@ def power_of_ten(exponent: int) -> str:
 
 def stock_mixes(c: Comparison) -> list[Stock]:
     """Return the stock mixes around the files that were made, with the header that this file has."""
-    spec, largest = c.profile.model, max(artifact.file_bytes for artifact, _ in c.files.values())
+    spec, largest = c.profile.model, max(file.file_bytes for file in quantised(c).values())
     found: list[Stock] = []
     for name in (*_STOCK, *_LARGER_STOCK):
         if name not in _STOCK and found[-1].file_bytes > largest:
@@ -78,6 +79,11 @@ def stock_mixes(c: Comparison) -> list[Stock]:
         size = c.allocation.header_bytes + data_bytes(spec, stock_types(spec, name))
         found.append(Stock(name, size, 8 * size / spec.weights))
     return found
+
+
+def quantised(c: Comparison) -> dict[str, Scored]:
+    """Return the files but the unquantised one, which is several times as large."""
+    return {name: file for name, file in c.files.items() if name != UNQUANTISED}
 
 
 def players(c: Comparison) -> tuple[Player, ...]:
@@ -131,13 +137,13 @@ def predictions(c: Comparison) -> list[Prediction]:
         Prediction("file", f"{artifact.predicted_file_bytes:,} bytes", f"{artifact.file_bytes:,} bytes", _exactly(c)),
         Prediction(
             "memory of the process", f"{needed / _MIB:,.1f} MiB", f"{report.peak_rss_bytes / _MIB:,.1f} MiB",
-            f"planned for {c.device.title} and all of the context, measured as the peak on the machine that validated, "
-            f"with {filled}",
+            f"planned for {c.device.title} and all of the context, measured as the peak on "
+            f"{c.validated_on}, with {filled}",
         ),
         *_quality(c),
     ]  # fmt: skip
     speeds = c.allocation.speeds or predict_speeds(c.profile.model, c.allocation.tensor_types, c.device)
-    told = f"predicted for {c.device.title}, measured on the machine that validated"
+    told = f"predicted for {c.device.title}, measured on {c.validated_on}"
     for what, rate, mean, deviation in (
         ("prompt", speeds.prompt, report.prompt_tok_per_s, report.prompt_sd_tok_per_s),
         ("generation", speeds.generation, report.generation_tok_per_s, report.generation_sd_tok_per_s),
@@ -163,7 +169,7 @@ def _exactly(c: Comparison) -> str:
 
 
 def _quality(c: Comparison) -> list[Prediction]:
-    report, reference = c.mix[1], c.uniform[4][1]
+    file, reference = c.files[THIS_FILE], c.at_4_bit
     if isinstance(c.profile, LadderProfile):
         told = "the sum of the players' own, which were measured one at a time, on the calibration text"
         return [_divergence(c, c.allocation.objective, told)]
@@ -175,19 +181,19 @@ def _quality(c: Comparison) -> list[Prediction]:
     basis = "measured" if c.allocation.evidence and c.allocation.evidence.is_measured else "predicted"
     rows = [
         Prediction(
-            "loss beyond all blocks at 4 bit", f"{c.allocation.objective:+.4f}", difference_told(report, reference),
-            f"nats/token; {basis} on the calibration text against measured on {report.text}",
+            "loss beyond all blocks at 4 bit", f"{c.allocation.objective:+.4f}", difference_told(file, reference),
+            f"nats/token; {basis} on the calibration text against measured on {c.mix[1].text}",
         )
     ]  # fmt: skip
     if reference.perplexity is not None:
         ratio = math.exp(min(c.allocation.objective, 100.0))
         told = f"{reference.perplexity:.3f} at 4 bit × e^{c.allocation.objective:.4f}"
-        rows.append(Prediction("perplexity", f"{reference.perplexity * ratio:.3f}", perplexity_told(report), told))
+        rows.append(Prediction("perplexity", f"{reference.perplexity * ratio:.3f}", perplexity_told(file), told))
     return rows
 
 
 def _divergence(c: Comparison, predicted: float, told: str) -> Prediction:
-    measured = c.mix[1].divergence
+    measured = c.files[THIS_FILE].divergence
     return Prediction(
         "KL divergence from the unquantised model",
         f"{predicted:.4f}",
@@ -209,12 +215,12 @@ class Point:
 
 def points(c: Comparison) -> list[Point]:
     """Return the files whose quality is a number, each once; none where the 4-bit file's is not."""
-    reference = c.uniform[4][1]
+    reference = c.at_4_bit
     found: dict[str, Point] = {}
-    for name, (artifact, report) in c.files.items():
-        if report.perplexity is not None and reference.perplexity is not None and artifact.sha256 not in found:
-            difference, stderr = paired_difference(report, reference)
-            found[artifact.sha256] = Point(name, artifact.file_bytes, difference, stderr, report.perplexity)
+    for name, file in quantised(c).items():
+        if file.perplexity is not None and reference.perplexity is not None and file.sha256 not in found:
+            difference, stderr = paired_difference(file, reference)
+            found[file.sha256] = Point(name, file.file_bytes, difference, stderr, file.perplexity)
     return list(found.values())
 
 

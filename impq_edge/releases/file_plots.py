@@ -3,9 +3,9 @@
 import math
 from typing import TYPE_CHECKING, Any
 
+from impq_edge.releases.comparison import Comparison
 from impq_edge.releases.facts import Point, Stock, Tried, coalitions, memory_groups, points, stock_mixes
 from impq_edge.releases.figure import NARROW_PX, WIDE_PX, Drawing, box, canvas, colour, draw, tip, words
-from impq_edge.releases.report import Comparison
 from impq_edge.spqe.ladder import LadderProfile
 
 if TYPE_CHECKING:

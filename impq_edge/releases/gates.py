@@ -39,7 +39,8 @@ class Trial:
     at_4_bit: Quality
     plan: MemoryPlan
     speeds: Speeds | None
-    on_device: bool  # whether speeds were measured on the device itself
+    on_device: bool  # whether speed and memory were measured on the device itself
+    over_ssh: bool = False  # and not on the machine that makes the release
 
 
 def perplexity_ratio(trial: Trial, reference: Reference) -> float:
@@ -79,19 +80,40 @@ def _evaluated(asked: Gates, reference: Reference, trial: Trial) -> Iterator[Gat
         if limit is not None:
             yield _speed(name, limit, measured, predicted, trial)
     if asked.max_memory is not None:
-        planned, measured_bytes = process_bytes(trial.plan), report.peak_rss_bytes
-        larger = max(planned, measured_bytes)
-        detail = f"bytes: predicted {planned / _MIB:,.0f} MiB, measured here {measured_bytes / _MIB:,.0f} MiB"
-        yield _at_most("max_memory", larger, asked.max_memory, detail)
+        yield _memory(asked.max_memory, trial)
 
 
 def _at_most(name: str, value: float, limit: float, detail: str) -> Gate:
     return Gate(name, "passed" if value <= limit else "failed", value, limit, detail)  # NaN fails
 
 
+def counted_bytes(trial: Trial) -> int:
+    """Return what counts of a process's memory: as measured on the device with its context full, else the worse."""
+    planned, measured = process_bytes(trial.plan), trial.report.peak_rss_bytes
+    return measured if trial.on_device and _is_filled(trial) else max(planned, measured)
+
+
+def _is_filled(trial: Trial) -> bool:
+    return trial.report.filled_tokens >= trial.plan.context_tokens
+
+
+def _memory(limit_bytes: int, trial: Trial) -> Gate:
+    planned, measured = process_bytes(trial.plan), trial.report.peak_rss_bytes
+    filled = "" if _is_filled(trial) else f" with {trial.report.filled_tokens:,} tokens in the context"
+    where = told_place(trial.on_device, trial.over_ssh)
+    detail = f"bytes: predicted {planned / _MIB:,.0f} MiB, measured {where} {measured / _MIB:,.0f} MiB{filled}"
+    return _at_most("max_memory", counted_bytes(trial), limit_bytes, detail)
+
+
+def told_place(on_device: bool, over_ssh: bool) -> str:
+    """Return where a file was run, in words."""
+    return "on the device, over ssh," if over_ssh else "on the device" if on_device else "here"
+
+
 def _speed(name: str, limit: float, measured: float, predicted: Rate | None, trial: Trial) -> Gate:
     if trial.on_device:
-        return Gate(name, "passed" if measured >= limit else "failed", measured, limit, "measured on the device")
+        where = f"measured {told_place(True, trial.over_ssh).removesuffix(',')}"
+        return Gate(name, "passed" if measured >= limit else "failed", measured, limit, where)
     if predicted is None or trial.speeds is None:
         detail = "the device was not reached, and nothing is known to predict it from; calibrate-device measures it"
         return Gate(name, "failed", None, limit, detail)
@@ -107,6 +129,11 @@ def _speed(name: str, limit: float, measured: float, predicted: Rate | None, tri
 def told_speed(tok_per_s: float) -> str:
     """Return tokens per second for people."""
     return f"{tok_per_s:,.0f}" if tok_per_s >= 10 else f"{tok_per_s:.2g}"
+
+
+def told_number(value: float | None) -> str:
+    """Return the value or limit of a gate for people."""
+    return "–" if value is None else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _basis(speeds: Speeds) -> str:

@@ -1,23 +1,28 @@
 """What an allocation costs that was chosen on what one backend measured and ships as K-quants."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from impq_edge.backends import Backend, load_recorded
 from impq_edge.backends.kquant import KQuant
 from impq_edge.conversion.encoder import EncodeOptions
-from impq_edge.impq.allocate import bits_within
 from impq_edge.impq.allocation import Allocation
 from impq_edge.records import Record
+from impq_edge.releases.agreement import is_what_ships
+from impq_edge.releases.telling import Say
 from impq_edge.spqe.journal import to_text
-from impq_edge.spqe.playing import as_coalition
+from impq_edge.spqe.ladder import LadderProfile
+from impq_edge.spqe.playing import additive_answer, as_coalition
 from impq_edge.spqe.profile import SensitivityProfile
 from impq_edge.spqe.run import COMPUTE_DTYPES
-from impq_edge.spqe.sampling import alone, uniform
-from impq_edge.spqe.table import Job, Progress, Table, set_table
+from impq_edge.spqe.sampling import Coalition, alone, uniform
+from impq_edge.spqe.table import Job, Progress, set_table
 from impq_edge.stages import calibration_windows, require_compute
 from impq_edge.study.transfer import spearman
 
@@ -58,53 +63,112 @@ class BackendLosses(Record):
         )
 
 
+def backend_name(profile: SensitivityProfile | LadderProfile) -> str:
+    """Return the name of a profile's backend, with its encoder where it has several."""
+    recorded = profile.settings.backend
+    return " ".join(str(recorded[key]) for key in ("name", "encode") if key in recorded)
+
+
+def lent_losses(
+    directory: Path,
+    found: SensitivityProfile | LadderProfile,
+    allocations: dict[Path, Allocation],
+    encoding: EncodeOptions,
+    say: Say,
+    progress: Progress,
+) -> tuple[BackendLosses, ...]:
+    """Compare the profile's backend with the K-quants that ship, and warn where its allocations are clearly worse.
+
+    Parameters
+    ----------
+    allocations
+        Where the record of each is, or is to be, and the allocation.
+
+    Returns
+    -------
+    tuple of BackendLosses
+        One an allocation; none where sensitivity was measured with what ships.
+    """
+    if isinstance(found, LadderProfile) or is_what_ships(found, encoding):
+        return ()
+    made = measure_lent(directory, found, allocations, encoding, progress)
+    for losses, allocation in zip(made, allocations.values(), strict=True):
+        if losses.matters:
+            whose = f"For {allocation.device} at {allocation.context_tokens:,} tokens: " if len(made) > 1 else ""
+            say(whose + losses.warning(backend_name(found)))
+    return made
+
+
 def measure_lent(
     directory: Path,
     found: SensitivityProfile,
-    allocation: Allocation,
+    allocations: dict[Path, Allocation],
     encoding: EncodeOptions,
-    path: Path,
     progress: Progress,
-) -> BackendLosses:
-    """Compare the profile's backend with the K-quants that ship, or load from ``path`` what that gave before.
+) -> tuple[BackendLosses, ...]:
+    """Make the record of every allocation that has none at its path.
 
-    Takes N + 4 evaluations on K-quants and 4 on the backend.
+    Takes N + 2 evaluations on K-quants and 2 on the backend, and for every allocation at most two more on each.
     """
-    if path.exists():
-        kept = BackendLosses.load(path)
-        if (kept.allocation_sha256, kept.profile_sha256) == (allocation.identity(), found.identity()):
-            return kept
+    missing = {path: allocation for path, allocation in allocations.items() if not _is_there(path, found, allocation)}
+    if missing:
+        measured = _measured(directory, found, list(missing.values()), encoding, progress)
+        for path, losses in zip(missing, measured, strict=True):
+            losses.save(path)
+    return tuple(BackendLosses.load(path) for path in allocations)
+
+
+def _is_there(path: Path, found: SensitivityProfile, allocation: Allocation) -> bool:
+    if not path.exists():
+        return False
+    kept = BackendLosses.load(path)
+    return (kept.allocation_sha256, kept.profile_sha256) == (allocation.identity(), found.identity())
+
+
+def _measured(
+    directory: Path,
+    found: SensitivityProfile,
+    allocations: list[Allocation],
+    encoding: EncodeOptions,
+    progress: Progress,
+) -> list[BackendLosses]:
     compute = require_compute(encoding.compute)
     settings = dataclasses.replace(found.settings, device=compute, dtype=COMPUTE_DTYPES[compute])
     longest = max(found.settings.tokens, encoding.calibration_tokens)
     text = calibration_windows(directory, encoding.calibration, longest, found.settings.window_tokens)
     windows, seen = text.first(found.settings.tokens), text.first(encoding.calibration_tokens)
 
-    def table(backend: Backend) -> Table:
-        return set_table(Job(directory, found.model, backend, windows, settings, seen), progress)
+    def losses_on(backend: Backend) -> Callable[[Coalition], NDArray[np.float64]]:
+        table = set_table(Job(directory, found.model, backend, windows, settings, seen), progress)
+        return functools.cache(table.losses)
 
-    mix = as_coalition(allocation.player_bits)
-    n_players = len(mix)
-    extremes = [mix, uniform(4, n_players), uniform(2, n_players)]
-    shipped = table(KQuant(encoding.encoder))
-    on_kquants = [shipped.losses(coalition) for coalition in extremes]
-    base = on_kquants[1].mean()
-    singles = np.array([shipped.losses(coalition).mean() - base for coalition in alone(2, n_players)])
-    own = as_coalition(bits_within(allocation.problem.constraints, singles, np.zeros((n_players, n_players))))
-    on_kquants.append(shipped.losses(own))
-    del shipped  # two models at once are not held
-    other = table(load_recorded(found.settings.backend))
-    differences = on_kquants[0] - on_kquants[-1]
-    count = len(differences)
-    made = BackendLosses(
-        allocation.identity(),
-        found.identity(),
-        tuple(map(to_text, [*extremes, own])),
-        tuple(float(other.losses(coalition).mean()) for coalition in [*extremes, own]),
-        tuple(float(losses.mean()) for losses in on_kquants),
-        float(differences.mean()),
-        float(differences.std(ddof=1) / np.sqrt(count)) if count > 1 else 0.0,
-        spearman(found.phi, singles.tolist()),
-    )
-    made.save(path)
+    n_players = len(allocations[0].player_bits)
+    all_4, all_2 = uniform(4, n_players), uniform(2, n_players)
+    on_kquants = losses_on(KQuant(encoding.encoder))
+    base = on_kquants(all_4).mean()
+    singles = np.array([on_kquants(coalition).mean() - base for coalition in alone(2, n_players)])
+    compared, shipped = [], []
+    for allocation in allocations:
+        own = additive_answer(singles, allocation.problem.constraints)
+        compared.append((as_coalition(allocation.player_bits), all_4, all_2, own))
+        shipped.append([on_kquants(coalition) for coalition in compared[-1]])
+    del on_kquants  # two models at once are not held
+    on_backend = losses_on(load_recorded(found.settings.backend))
+    order = spearman(found.phi, singles.tolist())
+    made = []
+    for allocation, coalitions, theirs in zip(allocations, compared, shipped, strict=True):
+        differences = theirs[0] - theirs[-1]
+        count = len(differences)
+        made.append(
+            BackendLosses(
+                allocation.identity(),
+                found.identity(),
+                tuple(map(to_text, coalitions)),
+                tuple(float(on_backend(coalition).mean()) for coalition in coalitions),
+                tuple(float(losses.mean()) for losses in theirs),
+                float(differences.mean()),
+                float(differences.std(ddof=1) / np.sqrt(count)) if count > 1 else 0.0,
+                order,
+            )
+        )
     return made

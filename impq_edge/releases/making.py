@@ -42,7 +42,7 @@ def make_model(matrix: Matrix, row: Row, layout: Layout, say: Say, progress: Pro
     """Measure a model once, allocate for every cell, and write each file."""
     row, directory, spec = open_row(matrix, row, progress)
     found = _sensitivity(matrix, row, directory, layout, say, progress)
-    taken = [(cell, _allocation(matrix, cell, found, layout, say)) for cell in row.cells]
+    taken = [(cell, _allocation(matrix, row.name, cell, found, layout, say)) for cell in row.cells]
     files = []
     for name, sharing in share(taken).items():
         artifact = convert(
@@ -82,8 +82,7 @@ def outputs_of(made: MadeModel, layout: Layout) -> list[Path]:
 
 def _sensitivity(matrix: Matrix, row: Row, directory: Path, layout: Layout, say: Say, progress: Progress) -> Profile:
     game, out = matrix.game, layout.records(row.name) / "sensitivity.json"
-    if row.given is not None:
-        found = load_profile(row.given)
+    if row.given is not None and (found := row.found) is not None:
         require_same_text(found, directory, matrix.encoding, row.given)
         if not out.exists() or load_profile(out) != found:
             found.save(out)
@@ -98,7 +97,7 @@ def _sensitivity(matrix: Matrix, row: Row, directory: Path, layout: Layout, say:
     )  # fmt: skip
 
 
-def allocated(matrix: Matrix, cell: Cell, found: Profile | Path) -> Allocation:
+def allocated(matrix: Matrix, cell: Cell, found: Profile) -> Allocation:
     """Choose what a cell gets by a profile."""
     request = cell.request
     return allocate(
@@ -109,11 +108,11 @@ def allocated(matrix: Matrix, cell: Cell, found: Profile | Path) -> Allocation:
     )  # fmt: skip
 
 
-def _allocation(matrix: Matrix, cell: Cell, found: Profile, layout: Layout, say: Say) -> Allocation:
+def _allocation(matrix: Matrix, name: str, cell: Cell, found: Profile, layout: Layout, say: Say) -> Allocation:
     allocation = allocated(matrix, cell, found)
-    out = layout.cell(found.model.name, cell.key) / "allocation.json"
+    out = layout.cell(name, cell.key) / "allocation.json"
     if not out.exists() or Allocation.load(out) != allocation:  # whole and the same: its bytes stay
         allocation.save(out)
-    say(f"{found.model.name} for {cell.device.name} at {cell.request.context_tokens:,} tokens of context:")
+    say(f"{name} for {cell.device.name} at {cell.request.context_tokens:,} tokens of context:")
     say_allocation(allocation, say)
     return allocation

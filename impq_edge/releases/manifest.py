@@ -4,17 +4,18 @@ import dataclasses
 import platform
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pydantic
 
 import impq_edge
 from impq_edge.devices.latency import Speeds
-from impq_edge.records import STRICT, Record, sha256_file, shown
+from impq_edge.records import STRICT, PlainName, Record, sha256_file, shown
 from impq_edge.releases.gates import Gate
-from impq_edge.releases.order import Order, Reference
+from impq_edge.releases.order import Name, Order, Reference
 
 MANIFEST_FILE, SUMS_FILE, CARD_FILE, ORDER_FILE = "manifest.json", "SHA256SUMS", "README.md", "release.toml"
+PAGE_FILE = "report.html"
 COMMAND = f"impq-edge release {ORDER_FILE}"
 """That makes a release again where its papers lie; nobody's own paths are published."""
 
@@ -43,7 +44,7 @@ class Output:
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     path: str  # from the release's directory, with "/"
-    file_bytes: int
+    file_bytes: Annotated[int, pydantic.Field(ge=0, lt=2**62)]
     sha256: str
 
     def __post_init__(self) -> None:
@@ -83,6 +84,7 @@ class Measured:
     generation_tok_per_s: float
     prompt_tok_per_s: float
     on_device: bool  # else on the machine that made the release
+    over_ssh: bool = False  # on the device, which is another machine than the one that made the release
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +98,13 @@ class Taker:
     context_tokens: int
     kv_type: str
     run: str  # how llama.cpp is told
-    records: str  # folder of its allocation and validation
+    records: str  # folder of its allocation, validation and report
     allocation_sha256: str  # identity of the record
     predicted: Predicted
     measured: Measured
     gates: tuple[Gate, ...]
+    budget_bytes: int | None = None  # what the device leaves a process; None: of an older release
+    counted_bytes: int | None = None  # of its memory, what the gate compares; None: of an older release
 
     @property
     def passed(self) -> bool:
@@ -114,7 +118,7 @@ class ReleasedFile:
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
-    file: str
+    file: PlainName
     model: str
     sha256: str
     file_bytes: int
@@ -125,14 +129,14 @@ class ReleasedFile:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A model as it is without this release: unquantised, or with all blocks at 4 bit."""
+    """A model as it is without this release: unquantised, or with all blocks at 4 or 2 bit."""
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
-    what: Literal["F16", "4 bit"]
+    what: Literal["F16", "4 bit", "2 bit"]
     file_bytes: int
     sha256: str
-    perplexity: float
+    perplexity: float | None  # None: not finite
     kl_divergence: float
 
 
@@ -142,7 +146,7 @@ class ReleasedModel:
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
-    name: str
+    name: Name
     model: str  # as it was asked for
     commit: str | None
     content_sha256: str
@@ -164,7 +168,7 @@ class Manifest(Record):
 
     SCHEMA: ClassVar[str] = "impq-edge.release/1"
 
-    name: str
+    name: Name
     command: str
     recipe: Order
     machine: str  # that made and measured it

@@ -38,6 +38,7 @@ class Cell:
     """One device at one context: what one file, or a share in one, is for."""
 
     asked: str  # the device, as the order names it
+    on: str | None  # the device itself, as ssh takes it
     device: DeviceProfile
     request: Request
     gates: Gates
@@ -55,6 +56,7 @@ class Row:
     ordered: OrderedModel
     source: Source
     given: Path | None  # a finished profile
+    found: Profile | None  # what it holds
     cells: tuple[Cell, ...]
 
     @property
@@ -108,20 +110,21 @@ def resolve(order: Order, base: Path) -> Matrix:
         )  # fmt: skip
         for cell in cells:
             require_measurable(text, order.windows, cell.request)
-        rows.append(Row(asked, sources[asked.model], given, cells))
+        rows.append(Row(asked, sources[asked.model], given, found, cells))
     return Matrix(order, base, game, encoding, text, tuple(rows))
 
 
 def open_row(matrix: Matrix, row: Row, progress: Progress) -> tuple[Row, Path, ModelSpec]:
     """Fetch a model, and refuse what no allocation can meet before a game is played for it."""
     directory, spec = open_model(row.source, progress=progress)
-    row = dataclasses.replace(row, source=dataclasses.replace(row.source, directory=directory))
+    source = dataclasses.replace(row.source, directory=directory, content_sha256=spec.content_sha256)
+    row = dataclasses.replace(row, source=source)
     require_rows(spec, matrix.order.allow_fallback)
-    if row.given is not None:
-        require_same_model(load_profile(row.given), spec, row.given)
+    if row.given is not None and row.found is not None:
+        require_same_model(row.found, spec, row.given)
     for cell in row.cells:
         try:
-            require_allocatable(row.source, spec, cell.request, matrix.game.players)
+            require_allocatable(row.source, spec, cell.request, matrix.game.player_kind)
         except AllocationError as error:
             raise AllocationError(f"{row.name} for {cell.device.name}: {error}") from None
     return row, directory, spec
@@ -143,6 +146,7 @@ def _cells(order: Order, asked: OrderedDevice, device: DeviceProfile, types: tup
     return [
         Cell(
             asked.device,
+            asked.on,
             device,
             allocation_request(
                 device, context_tokens=context, kv_type=asked.kv_type, budget_bytes=asked.budget,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -9,20 +10,23 @@ from typing import Annotated, Any, ClassVar, Literal
 import pydantic
 
 from impq_edge.devices.profile import Bytes, Count, Rate, device_names
-from impq_edge.errors import RecordError
+from impq_edge.errors import RecordError, ValidationError
 from impq_edge.ggml.cache import KvType
 from impq_edge.ggml.types import TensorType
 from impq_edge.model.source import DEMO
-from impq_edge.records import STRICT, Record, load_toml, parse, shown
+from impq_edge.records import STRICT, Record, is_there, load_toml, parse, shown
 from impq_edge.spqe.options import GameOptions
+from impq_edge.validation.remote.ssh import check_host
 from impq_edge.validation.validate import DEFAULT_WINDOWS
 
 Reference = Literal["f16", "4bit"]
 """What a perplexity is compared with: the unquantised model in F16, or the same model with all blocks at 4 bit."""
 
 _MOST_CELLS = 1000  # models × devices × contexts of one release
+_MOST_PERMUTATIONS = 10**6  # of a game; the paper's is 100, and every one is drawn beforehand
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$"  # it becomes part of file names
 _BITS = r"^\d{1,3}(\.\d{1,9}|/[1-9]\d{0,5})?$"
+_TYPES = re.compile(r" *\d{1,2} *(, *\d{1,2} *)*")
 _GAME_KEYS = frozenset(field.name for field in dataclasses.fields(GameOptions))
 
 
@@ -30,7 +34,27 @@ def _text_of_number(value: object) -> object:
     return f"{value:.9g}" if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
+def _number(value: object) -> float:
+    return value if isinstance(value, int | float) else 0  # what is no number is refused where its type is known
+
+
+def _listed_types(game: object) -> object:
+    """Take ``types`` as the command line writes them, too: "2,3,4" for [2, 3, 4]."""
+    if isinstance(game, dict) and isinstance(types := game.get("types"), str) and _TYPES.fullmatch(types):
+        return {**game, "types": [int(bits) for bits in types.split(",")]}
+    return game
+
+
 Name = Annotated[str, pydantic.Field(pattern=_NAME)]
+
+
+def _destination(value: object) -> object:
+    try:
+        return check_host(value) if isinstance(value, str) else value
+    except ValidationError:
+        raise ValueError("no destination for ssh; write user@host, or a name of your ~/.ssh/config") from None
+
+
 AverageBits = Annotated[str, pydantic.Field(pattern=_BITS), pydantic.BeforeValidator(_text_of_number)]
 """As a number, or as text such as "8/3"."""
 
@@ -73,6 +97,7 @@ class OrderedDevice:
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = STRICT
 
     device: str  # a shipped name or a TOML file
+    on: Annotated[str | None, pydantic.BeforeValidator(_destination)] = None  # the device itself, as ssh takes it
     contexts: tuple[Count, ...] = ()  # instead of the release's
     kv_type: KvType | None = None
     budget: Bytes | None = None  # largest file
@@ -95,7 +120,9 @@ class Order(Record):
     models: tuple[Model, ...]
     devices: tuple[Device, ...]
     contexts: tuple[Count, ...] = ()  # none: every device's own
-    game: dict[str, Any] = dataclasses.field(default_factory=dict)  # the fields of GameOptions
+    game: Annotated[dict[str, Any], pydantic.BeforeValidator(_listed_types)] = dataclasses.field(
+        default_factory=dict
+    )  # the fields of GameOptions
     encode: Literal["rtn", "imatrix", "gptq"] | None = None
     alpha: float | None = None
     head_type: TensorType = TensorType.Q6_K
@@ -112,8 +139,10 @@ class Order(Record):
             (not self.models or not self.devices, "a release needs at least one of models and one of devices"),
             (bool(unknown), f"game has no setting {', '.join(map(shown, unknown))}"),
             (len(self.models) * sum(settings) > _MOST_CELLS, f"that is more than {_MOST_CELLS} files"),
+            (_number(self.game.get("permutations")) > _MOST_PERMUTATIONS,
+             f"game.permutations is more than {_MOST_PERMUTATIONS}"),
             (any(d.gates.reference for d in self.devices), "gates.reference is the same for all devices"),
-        ):
+        ):  # fmt: skip
             if wrong:
                 raise ValueError(sentence)
 
@@ -134,7 +163,7 @@ class Order(Record):
         SensitivityError
             When the options mean nothing.
         """
-        found = parse(GameOptions, self.game, base / "release.toml")
+        found = parse(GameOptions, self.game, Path("[game]"))
         return found if found.calibration is None else dataclasses.replace(found, calibration=base / found.calibration)
 
 
@@ -157,7 +186,7 @@ def found_from(base: Path, name: str) -> str:
     if name == DEMO or name in device_names():
         return name
     path = base / name
-    is_path = path.exists() or name.endswith((".toml", ".json")) or name.startswith(("." + os.sep, ".." + os.sep))
+    is_path = is_there(path) or name.endswith((".toml", ".json")) or name.startswith(("." + os.sep, ".." + os.sep))
     return str(path) if is_path and not name.startswith(os.sep) else name
 
 

@@ -1,19 +1,12 @@
 """``report.html``: what a build made and measured, as one file that loads nothing and runs no script."""
 
-import base64
-import hashlib
-import importlib.util
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from markupsafe import Markup
 
-from impq_edge.data import data_path
-from impq_edge.records import atomic_path
+from impq_edge.releases.comparison import THIS_FILE, Comparison
 from impq_edge.releases.facts import (
     coalitions,
     covariances,
@@ -24,38 +17,37 @@ from impq_edge.releases.facts import (
     stock_mixes,
 )
 from impq_edge.releases.file_plots import GROUP_ROLES, measured, memory, quality
+from impq_edge.releases.lent import backend_name
+from impq_edge.releases.markup import rendered, write_drawn
 from impq_edge.releases.player_plots import heat_map, outer_types, sensitivity, strip
 from impq_edge.releases.report import (
     LENT_ROWS,
-    Comparison,
-    backend_name,
     difference_told,
+    file_head,
+    file_rows,
+    gate_rows,
     headline,
     how_measured,
     lent_setting,
     lent_told,
     memory_parts,
     memory_setting,
-    perplexity_told,
     provenance,
     sample,
     what_is_measured,
     what_was_measured,
 )
+from impq_edge.releases.telling import Say
 from impq_edge.spqe.journal import to_text
 from impq_edge.spqe.ladder import LadderProfile
 
 _MIB = 2**20
 _LISTED = 12  # rows of a table that shows the first of many
 _STATUS = {"passed": "✓ passed", "failed": "✗ failed", "not_checked": "not checked"}
-_LEFT_OUT = (
-    "report.html was left out, since its plots need matplotlib: pip install 'impq-edge[report]', and run the same "
-    "command again."
-)
 
 
-def write_page(c: Comparison, command: str, path: Path, say: Callable[[str], None]) -> None:
-    """Write the page, or say that it was left out and how to get it.
+def write_page(c: Comparison, command: str, path: Path, say: Say) -> bool:
+    """Write the page and return True, or say that it was left out and how to get it.
 
     A page of an earlier build is not left beside newer records.
 
@@ -64,59 +56,35 @@ def write_page(c: Comparison, command: str, path: Path, say: Callable[[str], Non
     RecordError
         When ``path`` cannot be written.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        path.unlink(missing_ok=True)
-        say(_LEFT_OUT)
-        return
-    page = render_page(c, command)
-    with atomic_path(path) as temporary:
-        temporary.write_text(page, "utf-8")
+    return write_drawn(path, lambda: render_page(c, command), say)
 
 
 def render_page(c: Comparison, command: str) -> str:
     """Return the page; matplotlib must be installed. The same records and command give the same bytes."""
-    style = data_path("report", "page.css").read_text("utf-8")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(data_path("report")), autoescape=True, undefined=jinja2.StrictUndefined,
-        finalize=_printable, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
-    environment.filters["drawn"] = Markup  # for what this package made, and for nothing else
     facts = _head(c) | _files(c) | _allocation(c) | _memory(c) | _sensitivity(c) | _measured(c) | _pairs(c) | _lent(c)
-    facts |= _papers(c, command)
-    return environment.get_template("page.html.jinja").render(
-        **facts,
-        sections=_sections(c),
-        style=style,
-        style_sha256=base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
-    )
-
-
-def _printable(value: object) -> object:
-    """Replace what no page may hold: control characters, and halves of surrogate pairs."""
-    if not isinstance(value, str) or isinstance(value, Markup):
-        return value
-    return "".join(x if x in "\n\t" or (x >= " " and not "\x7f" <= x < "\xa0" and not "\ud800" <= x <= "\udfff")
-                   else "\N{REPLACEMENT CHARACTER}" for x in value)  # fmt: skip
+    return rendered("page.html.jinja", facts | _papers(c, command) | {"sections": _sections(c)})
 
 
 def _sections(c: Comparison) -> list[tuple[str, str]]:
     found = {
         "quality": "Quality", "allocation": "Allocation", "memory": "Memory", "predicted": "Predicted and measured",
-        "sensitivity": "Sensitivity", "interactions": "Interactions", "backend": "Backend", "checks": "Checks",
-        "sample": "What it writes", "made": "How it was made",
+        "sensitivity": "Sensitivity", "interactions": "Interactions", "backend": "Backend", "gates": "Gates",
+        "checks": "Checks", "sample": "What it writes", "made": "How it was made",
     }  # fmt: skip
     if c.backend_losses is None:
         del found["backend"]
+    if not c.gates:
+        del found["gates"]
     return list(found.items())
 
 
 def _head(c: Comparison) -> dict[str, Any]:
-    artifact, report = c.mix
+    artifact, report = c.mix[0], c.files[THIS_FILE]
     needed, there = c.plan.total_bytes, c.plan.memory_bytes
     rate = c.allocation.speeds.generation if c.allocation.speeds else None
     against = "all blocks are at 4 bit"
-    if report is not c.uniform[4][1]:
-        against = f"{difference_told(report, c.uniform[4][1])} nats/token to 4 bit"
+    if report != c.at_4_bit:
+        against = f"{difference_told(report, c.at_4_bit)} nats/token to 4 bit"
     key = [
         ("File", f"{artifact.file_bytes / _MIB:,.1f}", "MiB", f"{artifact.bits_per_weight:.2f} bits per weight"),
         ("Blocks", f"{c.allocation.average_bits:.2f}", "bits", f"on average; {c.allocation.players} are the players"),
@@ -130,25 +98,18 @@ def _head(c: Comparison) -> dict[str, Any]:
         "title": f"{c.allocation.model_name} for {c.device.title}",
         "device": c.device.title,
         "file": artifact.artifact,
-        "passed": report.passed,
+        "passed": c.passed,
+        "verdict": c.verdict,
+        "overview": c.overview,
         "key": key,
     }
 
 
 def _files(c: Comparison) -> dict[str, Any]:
-    reference = c.uniform[4][1]
-    rows = [
-        (
-            name, f"{artifact.file_bytes:,}", f"{artifact.bits_per_weight:.2f}", perplexity_told(report),
-            "–" if report is reference else difference_told(report, reference),
-            f"{report.prompt_tok_per_s:,.1f} ± {report.prompt_sd_tok_per_s:,.1f}",
-            f"{report.generation_tok_per_s:,.1f} ± {report.generation_sd_tok_per_s:,.1f}",
-        )
-        for name, (artifact, report) in c.files.items()
-    ]  # fmt: skip
+    head, rows = file_head(c), file_rows(c)
+    unknown = ["not measured", *["–"] * (len(head) - 4)]
     rows += [
-        (f"stock {mix.name}", f"{mix.file_bytes:,}", f"{mix.bits_per_weight:.2f}", "not measured", "–", "–", "–")
-        for mix in stock_mixes(c)
+        [f"stock {mix.name}", f"{mix.file_bytes:,}", f"{mix.bits_per_weight:.2f}", *unknown] for mix in stock_mixes(c)
     ]
     caption = [
         "The loss is that of the evaluation text beyond all blocks at 4 bit, with the standard error of the paired "
@@ -162,12 +123,11 @@ def _files(c: Comparison) -> dict[str, Any]:
     return {
         "quality_plot": quality(c),
         "quality_caption": " ".join(caption),
-        "file_head": ["file", "bytes", "bits/weight", "perplexity", "Δ loss to 4 bit, nats/token", "prompt, tok/s",
-                      "generation, tok/s"],
+        "file_head": head,
         "file_rows": rows,
-        "how_measured": how_measured(reference),
+        "how_measured": how_measured(c),
         "prediction_rows": [(row.what, row.predicted, row.measured, row.told) for row in predictions(c)],
-    }  # fmt: skip
+    }
 
 
 def _allocation(c: Comparison) -> dict[str, Any]:
@@ -270,6 +230,7 @@ def _papers(c: Comparison, command: str) -> dict[str, Any]:
     run = ["llama-cli", "-m", artifact.artifact, "-c", context, "-t", str(c.device.threads)]
     run += [] if cache == "f16" else ["-ctk", cache, "-ctv", cache]
     return {
+        "gate_rows": [(name, _STATUS[status], *row) for name, status, *row in gate_rows(c)],
         "check_rows": [(check.name.replace("_", " "), _STATUS[check.status], check.detail) for check in report.checks],
         "sample": sample(report),
         "command": command,

@@ -1,6 +1,7 @@
 """The papers of a release: manifest, model card, and the list of sums."""
 
 import dataclasses
+import functools
 import itertools
 import os
 import re
@@ -14,6 +15,7 @@ from impq_edge.releases.manifest import (
     COMMAND,
     MANIFEST_FILE,
     ORDER_FILE,
+    PAGE_FILE,
     SUMS_FILE,
     Input,
     Manifest,
@@ -24,12 +26,16 @@ from impq_edge.releases.manifest import (
     sums_text,
     versions_here,
 )
+from impq_edge.releases.markup import write_drawn
 from impq_edge.releases.matrix import Matrix
 from impq_edge.releases.naming import Layout
+from impq_edge.releases.overview import render_overview
+from impq_edge.releases.telling import Say
 from impq_edge.validation.machine import cpu_name
 from impq_edge.validation.validate import available_threads
 
-_TEMPORARY = re.compile(r"\..+\.\d+\.tmp|.+\.json\.journal")  # of records.atomic_path, and of finished games
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp|\.(?!impq-edge\.lock).+\.lock|.+\.json\.journal")
+"""Of :func:`impq_edge.records.atomic_path` and :func:`impq_edge.lock.sole_making`, and of finished games."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +48,17 @@ class ModelPapers:
     paths: tuple[Path, ...]
 
 
-def write_papers(matrix: Matrix, papers: list[ModelPapers], layout: Layout, source: Path | None) -> Manifest:
-    """Write card, manifest and sums, the sums last: what they name is there."""
+def write_papers(matrix: Matrix, papers: list[ModelPapers], layout: Layout, source: Path | None, say: Say) -> Manifest:
+    """Write card, page, manifest and sums, the sums last: what they name is there."""
     root, made = layout.root, _manifest(matrix, papers, layout, source)
     _remove_superseded(made, layout)
     _remove_leftovers(root)
     with atomic_path(root / CARD_FILE) as temporary:
         temporary.write_text(render_card(made), "utf-8")
-    made = dataclasses.replace(made, outputs=(*made.outputs, output_of(root, root / CARD_FILE)))
+    own = [CARD_FILE]
+    if write_drawn(root / PAGE_FILE, functools.partial(render_overview, made), say):
+        own.append(PAGE_FILE)
+    made = dataclasses.replace(made, outputs=(*made.outputs, *(output_of(root, root / name) for name in own)))
     made.save(root / MANIFEST_FILE)
     with atomic_path(root / SUMS_FILE) as temporary:
         temporary.write_text(sums_text([*made.outputs, output_of(root, root / MANIFEST_FILE)]), "utf-8")
@@ -92,7 +101,7 @@ def _as_before(made: Manifest, layout: Layout) -> Manifest:
         before = Manifest.load(layout.root / MANIFEST_FILE)
     except RecordError:
         return made
-    kept = {output for output in before.outputs if output.path != CARD_FILE}
+    kept = {output for output in before.outputs if output.path not in (CARD_FILE, PAGE_FILE)}
     if set(made.outputs) != kept:
         return made
     return dataclasses.replace(made, versions=before.versions, machine=before.machine)
@@ -112,7 +121,7 @@ def _remove_superseded(made: Manifest, layout: Layout) -> None:
         before = Manifest.load(layout.root / MANIFEST_FILE)
     except RecordError:
         return
-    now = {output.path for output in made.outputs} | {CARD_FILE}
+    now = {output.path for output in made.outputs} | {CARD_FILE, PAGE_FILE}
     for old in before.outputs:
         path = layout.root / old.path
         if old.path not in now and is_output(layout.root, old):

@@ -8,9 +8,9 @@ import numpy as np
 
 from impq_edge.ggml.types import LADDER, TensorType
 from impq_edge.model.players import Player
+from impq_edge.releases.comparison import Comparison
 from impq_edge.releases.facts import Pairs, covariances, part_of, players, power_of_ten
 from impq_edge.releases.figure import NARROW_PX, WIDE_PX, Drawing, box, canvas, colour, draw, tip, words
-from impq_edge.releases.report import Comparison
 from impq_edge.spqe.ladder import LadderProfile
 
 if TYPE_CHECKING:

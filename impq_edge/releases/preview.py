@@ -13,6 +13,7 @@ from impq_edge.model.players import players_of
 from impq_edge.model.recipe import data_bytes, tensor_types
 from impq_edge.model.spec import ModelSpec
 from impq_edge.spqe.options import GameOptions
+from impq_edge.spqe.playing import evaluations_for
 from impq_edge.spqe.run import COMPUTE_DTYPES
 from impq_edge.stages import require_compute
 
@@ -46,26 +47,29 @@ def preview_of(
     spec: ModelSpec, game: GameOptions, encoding: EncodeOptions, windows: int, *, played: bool, files: int = 3
 ) -> Preview:
     """Estimate what a game, unless it has been ``played``, and ``files`` GGUFs with their validation cost."""
-    n_players = len(players_of(spec, game.players))
-    evaluations = game.walks * (n_players - 1) + 2 if game.walks else 0
     inside = sum(tensor.weights for tensor in spec.tensors if tensor.block is not None)
     solved = spec.weights - inside
     if played or game.backend != "kquant":
         solved += files * inside
     elif game.is_ladder:
-        evaluations += len(game.types) * (n_players + 1)
         solved += (len(game.types) + files) * spec.weights
     else:  # the files hold what the game encodes
         solved += len(game.types) * inside
     return preview(
         spec,
-        evaluations=0 if played else evaluations,
+        evaluations=0 if played else evaluations_of(spec, game),
         solved_weights=solved if encoding.encoder == "gptq" else 0,
         tokens=game.tokens,
         validation_tokens=windows * DEFAULT_WINDOW_TOKENS,
         files=files,
         compute=require_compute(encoding.compute),
     )
+
+
+def evaluations_of(spec: ModelSpec, game: GameOptions) -> int:
+    """Return how many evaluations a game takes at most."""
+    played = evaluations_for(len(players_of(spec, game.player_kind)), game.walks) if game.walks else 0
+    return played + (len(game.types) * len(players_of(spec, game.player_kind, outer=True)) if game.is_ladder else 0)
 
 
 def preview(

@@ -5,16 +5,14 @@ import math
 
 import numpy as np
 
-from impq_edge.conversion.artifact import Artifact
 from impq_edge.devices.memory import MemoryPlan
-from impq_edge.devices.profile import DeviceProfile
 from impq_edge.impq.allocation import Allocation
-from impq_edge.releases.lent import BackendLosses
+from impq_edge.releases.comparison import Comparison, Scored
+from impq_edge.releases.gates import told_number
+from impq_edge.releases.lent import BackendLosses, backend_name
 from impq_edge.spqe.ladder import LadderProfile
 from impq_edge.spqe.profile import SensitivityProfile
 from impq_edge.validation.report import ValidationReport
-
-Measured = tuple[Artifact, ValidationReport]
 
 _MIB = 2**20
 _BAR_WIDTH = 24
@@ -22,24 +20,6 @@ _SHOWN_TEXT = 400  # characters of the generation
 
 LENT_ROWS = ("this mix", "all at 4 bit", "all at 2 bit", "K-quants' own choice")
 """What :class:`~impq_edge.releases.lent.BackendLosses` holds, in its order."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """Everything the report tells."""
-
-    device: DeviceProfile
-    profile: SensitivityProfile | LadderProfile
-    allocation: Allocation
-    mix: Measured
-    uniform: dict[int, Measured]
-    plan: MemoryPlan
-    backend_losses: BackendLosses | None  # where the profile's backend is not what ships
-
-    @property
-    def files(self) -> dict[str, Measured]:
-        """The files that were made and measured, by a name for people."""
-        return {"this file": self.mix} | {f"all blocks at {bits} bit": made for bits, made in self.uniform.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,16 +34,17 @@ class Provenance:
 def render(c: Comparison, command: str) -> str:
     """Return the report as Markdown; it holds no timings of the build, but the speeds that were measured."""
     artifact, report = c.mix
-    verdict = "passed" if report.passed else "**failed**"
+    verdict = c.verdict if c.passed else f"**{c.verdict}**"
     sections = [
         f"# {c.allocation.model_name} for {c.device.title}",
         f"`{artifact.artifact}` · {artifact.file_bytes:,} bytes · {artifact.bits_per_weight:.2f} bits/weight · "
-        f"blocks at {c.allocation.average_bits:.2f} bits on average · validation {verdict}",
+        f"blocks at {c.allocation.average_bits:.2f} bits on average · {verdict}",
         headline(c),
         _predicted(c),
         _quality(c),
         _players(c),
         _memory(c),
+        _gates(c),
         _checks(report),
         _backends(c),
         _sample(report),
@@ -72,7 +53,7 @@ def render(c: Comparison, command: str) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def paired_difference(one: ValidationReport, other: ValidationReport) -> tuple[float, float]:
+def paired_difference(one: Scored, other: Scored) -> tuple[float, float]:
     """Return the mean difference of window losses (one − other) and its standard error, nats per token.
 
     Both files were scored on the same windows, so what the windows have in common cancels.
@@ -106,49 +87,70 @@ def _predicted(c: Comparison) -> str:
 
 
 def _quality(c: Comparison) -> str:
-    reference = c.uniform[4][1]
-    lines = [
-        "## Quality, size and speed",
-        "",
-        "| file | bytes | bits/weight | perplexity | Δ loss to 4 bit, nats/token | prompt, tok/s | generation, tok/s |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for name, (artifact, report) in c.files.items():
-        against = "–" if report is reference else difference_told(report, reference)
-        lines.append(
-            f"| {name} | {artifact.file_bytes:,} | {artifact.bits_per_weight:.2f} | {perplexity_told(report)} "
-            f"| {against} | {report.prompt_tok_per_s:.1f} ± {report.prompt_sd_tok_per_s:.1f} "
-            f"| {report.generation_tok_per_s:.1f} ± {report.generation_sd_tok_per_s:.1f} |"
-        )
-    lines += [
-        "",
-        how_measured(reference),
-    ]
-    return "\n".join(lines)
+    head = file_head(c)
+    lines = ["## Quality, size and speed", "", f"| {' | '.join(head)} |", f"|---|{'---:|' * (len(head) - 1)}"]
+    lines += [f"| {' | '.join(row)} |" for row in file_rows(c)]
+    return "\n".join([*lines, "", how_measured(c)])
 
 
-def how_measured(report: ValidationReport) -> str:
+def file_head(c: Comparison) -> list[str]:
+    """Return the head of the table of files."""
+    divergence = ["KL divergence, nats/token"] if _has_divergences(c) else []
+    return [
+        "file", "bytes", "bits/weight", "perplexity", "Δ loss to 4 bit, nats/token", *divergence, "prompt, tok/s",
+        "generation, tok/s",
+    ]  # fmt: skip
+
+
+def file_rows(c: Comparison) -> list[list[str]]:
+    """Return the files that were measured, as the cells of a table."""
+    rows = []
+    for name, file in c.files.items():
+        against = "–" if file == c.at_4_bit else difference_told(file, c.at_4_bit)
+        divergence = [divergence_told(file)] if _has_divergences(c) else []
+        row = [name, f"{file.file_bytes:,}", f"{file.bits_per_weight:.2f}", perplexity_told(file), against, *divergence]
+        rows.append([*row, speed_told(file.prompt), speed_told(file.generation)])
+    return rows
+
+
+def _has_divergences(c: Comparison) -> bool:
+    return any(file.divergence is not None for file in c.files.values())
+
+
+def how_measured(c: Comparison) -> str:
     """Return what has to be known to read the measurements."""
+    report = c.mix[1]
     return (
         f"Perplexity as llama-perplexity computes it, on {report.tokens:,} tokens of {report.text}; its error is "
-        "mostly the text's and shared by the files, so differences are taken window by window. Speeds are of the "
-        "machine that validated, with standard deviations over repetitions."
+        f"mostly the text's and shared by the files, so differences are taken window by window. Speeds are of "
+        f"{c.validated_on}, with standard deviations over repetitions."
     )
 
 
-def difference_told(report: ValidationReport, reference: ValidationReport) -> str:
+def difference_told(file: Scored, reference: Scored) -> str:
     """Return the paired difference of two files' losses, nats per token."""
-    if report.perplexity is None or reference.perplexity is None:
+    if file.perplexity is None or reference.perplexity is None:
         return "not finite"
-    difference, error = paired_difference(report, reference)
+    difference, error = paired_difference(file, reference)
     return f"{difference:+.4f} ± {error:.4f}"
 
 
-def perplexity_told(report: ValidationReport) -> str:
+def perplexity_told(file: Scored) -> str:
     """Return a file's perplexity with its error."""
-    if report.perplexity is None or report.perplexity_stderr is None:
+    if file.perplexity is None or file.perplexity_stderr is None:
         return "not finite"
-    return f"{report.perplexity:.3f} ± {report.perplexity_stderr:.3f}"
+    return f"{file.perplexity:.3f} ± {file.perplexity_stderr:.3f}"
+
+
+def divergence_told(file: Scored) -> str:
+    """Return how far a file is from the unquantised model, nats per token."""
+    found = file.divergence
+    return "–" if found is None else f"{found.kld_mean:.4f} ± {found.kld_stderr:.4f}"
+
+
+def speed_told(rate: tuple[float, float] | None) -> str:
+    """Return measured tokens per second with their standard deviation."""
+    return "–" if rate is None else f"{rate[0]:,.1f} ± {rate[1]:,.1f}"
 
 
 def _players(c: Comparison) -> str:
@@ -242,16 +244,25 @@ def memory_parts(plan: MemoryPlan) -> dict[str, int]:
     return plan.parts() | {f"on the GPU: {name}": size for name, size in plan.gpu_parts().items()}
 
 
+def _gates(c: Comparison) -> str:
+    if not c.gates:
+        return ""
+    lines = ["## Gates of the release", "", "| gate | status | value | limit | |", "|---|---|---:|---:|---|"]
+    lines += [f"| {' | '.join(row)} |" for row in gate_rows(c)]
+    return "\n".join(lines)
+
+
+def gate_rows(c: Comparison) -> list[list[str]]:
+    """Return the gates as the cells of a table."""
+    return [
+        [gate.name, gate.status, told_number(gate.value), told_number(gate.limit), gate.detail] for gate in c.gates
+    ]  # fmt: skip
+
+
 def _checks(report: ValidationReport) -> str:
     lines = ["## Checks", "", "| check | status | detail |", "|---|---|---|"]
     lines += [f"| {check.name} | {check.status.replace('_', ' ')} | {check.detail} |" for check in report.checks]
     return "\n".join(lines)
-
-
-def backend_name(profile: SensitivityProfile | LadderProfile) -> str:
-    """Return the name of a profile's backend, with its encoder where it has several."""
-    recorded = profile.settings.backend
-    return " ".join(str(recorded[key]) for key in ("name", "encode") if key in recorded)
 
 
 def _backends(c: Comparison) -> str:

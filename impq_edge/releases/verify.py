@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from impq_edge.errors import ReleaseError
-from impq_edge.records import sha256_file
+from impq_edge.records import is_there, sha256_file, shown
 from impq_edge.releases.making import make_model, outputs_of
 from impq_edge.releases.manifest import MANIFEST_FILE, SUMS_FILE, Manifest, Output, sums_text
 from impq_edge.releases.matrix import resolve
 from impq_edge.releases.naming import Layout
-from impq_edge.releases.order import Order
+from impq_edge.releases.order import Order, found_from
 from impq_edge.releases.telling import Say
+from impq_edge.releases.within import require_within
 from impq_edge.spqe.table import Progress
 
 Kind = Literal["tampered", "missing", "extra", "rebuilt differently", "input changed"]
 
 _OURS = frozenset({MANIFEST_FILE, SUMS_FILE})
+_MAX_MORE_BYTES = 1 << 16  # of a list of sums, over what it should hold; more is not read
 _HUBS = frozenset({".git", ".gitattributes", ".cache"})  # what cloning or downloading from the hub adds
 
 
@@ -122,10 +124,13 @@ def _wrong(directory: Path, output: Output) -> Finding | None:
     # The hub's cache is made of links; what counts is that the bytes are those of the manifest.
     if not path.is_file():
         return Finding("tampered", output.path, "is no regular file")
-    size = path.stat().st_size
-    if size != output.file_bytes:
-        return Finding("tampered", output.path, f"has {size:,} bytes, not {output.file_bytes:,}")
-    sha256 = sha256_file(path)
+    try:
+        size = path.stat().st_size
+        if size != output.file_bytes:
+            return Finding("tampered", output.path, f"has {size:,} bytes, not {output.file_bytes:,}")
+        sha256 = sha256_file(path)
+    except OSError as error:
+        return Finding("tampered", output.path, f"cannot be read: {error.strerror}")
     if sha256 != output.sha256:
         return Finding("tampered", output.path, f"has sha256 {sha256[:16]}…, not {output.sha256[:16]}…")
     return None
@@ -137,7 +142,10 @@ def _sums(directory: Path, manifest: Manifest) -> list[Finding]:
     if not path.is_file():
         return [Finding("missing", SUMS_FILE, "nothing vouches for the manifest")]
     own = Output(MANIFEST_FILE, manifest_path.stat().st_size, sha256_file(manifest_path))
-    wanted = set(sums_text([*manifest.outputs, own]).splitlines())
+    text = sums_text([*manifest.outputs, own])
+    if path.stat().st_size > len(text.encode()) + _MAX_MORE_BYTES:
+        return [Finding("tampered", SUMS_FILE, "is far longer than the list of this release")]
+    wanted = set(text.splitlines())
     found = set(path.read_bytes().decode("utf-8", "replace").splitlines())
     names = sorted({line.partition("  ")[2] for line in wanted ^ found})
     if not names:
@@ -173,6 +181,8 @@ def _rebuilt(
     progress: Progress,
 ) -> tuple[int, list[Finding]]:
     """Follow the recipe and compare what it makes with the manifest; measurements are not repeated."""
+    _require_inside(manifest.recipe, base)
+    require_within(scratch)
     order = _pinned(manifest, directory.resolve() if trust_profile else None)
     matrix, layout = resolve(order, base), Layout(scratch)
     contents = {model.name: model.content_sha256 for model in manifest.models}
@@ -185,7 +195,7 @@ def _rebuilt(
     wanted = {output.path: output for output in manifest.outputs}
     made_paths: set[str] = set()
     for row in matrix.rows:
-        say(f"Making {row.name} again in {scratch}.")
+        say(f"Making {row.name} again in {scratch}, from {row.source.summary()}.")
         made = make_model(matrix, row, layout, say, progress)
         if made.spec.content_sha256 != contents.get(row.name):
             findings.append(Finding("input changed", row.name, "the checkpoint is not that of the release"))
@@ -202,6 +212,26 @@ def _rebuilt(
         for name in sorted(released - made_paths)
     ]
     return len(made_paths), findings
+
+
+def _require_inside(recipe: Order, base: Path) -> None:
+    """Refuse a recipe, which may be anybody's, that reads outside of where its inputs are said to be.
+
+    Raises
+    ------
+    ReleaseError
+        Naming the path.
+    """
+    named = [model.model for model in recipe.models] + [device.device for device in recipe.devices]
+    named += [model.profile for model in recipe.models if model.profile is not None]
+    paths = [Path(found_from(base, name)) for name in named]
+    paths += [base / str(text) for text in (recipe.text, recipe.game.get("calibration")) if text is not None]
+    for path in paths:
+        if is_there(path) and not path.resolve().is_relative_to(base.resolve()):
+            raise ReleaseError(
+                f"The recipe reads {shown(str(path))}, which is outside {base.resolve()}; give a directory that holds "
+                "it with --inputs, if you trust this release."
+            )
 
 
 def _how(path: Path, wanted: Output) -> str:

@@ -1,27 +1,22 @@
 """The page that people look at: what it tells, what it must not do, and what a browser makes of it."""
 
-import base64
 import dataclasses
-import hashlib
 import re
-import shutil
 import sys
-from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from pages import HOSTILE, Document, opened, opened_fitting, require_one_file, themes
 
 import impq_edge
 from impq_edge import stages
-from impq_edge.data import data_path
 from impq_edge.releases import facts, figure
 from impq_edge.releases.build import Build
+from impq_edge.releases.comparison import Comparison, Scored, all_at
 from impq_edge.releases.lent import BackendLosses
 from impq_edge.releases.page import render_page, write_page
-from impq_edge.releases.report import Comparison
 from impq_edge.spqe.ladder import LadderProfile
 from impq_edge.spqe.options import GameOptions
 from impq_edge.stages.planning import plan
@@ -33,7 +28,6 @@ GAME = GameOptions(
 )
 DEVICE, CONTEXT = "laptop-16gb", 256
 COMMAND = "impq-edge build --device laptop-16gb -o out"
-VOID = {"meta", "link", "br", "img", "hr", "input"}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +42,8 @@ def built(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture(scope="module")
 def game(built: Build) -> Comparison:
     mix = (built.artifact, built.validation)
-    return Comparison(built.device, built.profile, built.allocation, mix, built.uniform, built.plan, None)
+    files = {"this file": Scored.of(*mix)} | {all_at(bits): Scored.of(*both) for bits, both in built.uniform.items()}
+    return Comparison(built.device, built.profile, built.allocation, mix, files, built.plan)
 
 
 @pytest.fixture(scope="module")
@@ -99,59 +94,6 @@ def file(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-class Document(HTMLParser):
-    """Elements in order, with their attributes, text and ancestors; unclosed elements are an error."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[dict[str, Any]] = []
-        self._open: list[dict[str, Any]] = []
-        self.feed(text)
-        self.close()
-        assert not self._open, f"unclosed: {self._open[-1]['tag']}"
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        names = [name for name, _ in attrs]
-        assert len(names) == len(set(names)), f"{tag} has an attribute twice"
-        element = {"tag": tag, "attrs": dict(attrs), "text": "", "within": [e["tag"] for e in self._open]}
-        self.elements.append(element)
-        if tag not in VOID:
-            self._open.append(element)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.handle_endtag(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open and self._open.pop()["tag"] == tag, f"</{tag}> closes another element"
-
-    def handle_data(self, data: str) -> None:
-        for element in self._open:
-            element["text"] += data
-
-    def all(self, *tags: str) -> list[dict[str, Any]]:
-        return [element for element in self.elements if element["tag"] in tags]
-
-    def rows(self, caption: str) -> list[list[str]]:
-        """Return the cells of a table's rows, the head first."""
-        start = next(i for i, e in enumerate(self.elements) if e["tag"] == "caption" and e["text"] == caption)
-        found: list[list[str]] = []
-        for element in _while_inside(self.elements[start:], len(self.elements[start]["within"]) - 1):
-            if element["tag"] == "tr":
-                found.append([])
-            elif element["tag"] in ("td", "th"):
-                found[-1].append(element["text"])
-        return found
-
-
-def _while_inside(elements: list[dict[str, Any]], depth: int) -> Iterator[dict[str, Any]]:
-    for element in elements:
-        if len(element["within"]) <= depth:
-            return
-        yield element
-
-
 # What it tells.
 
 
@@ -169,7 +111,7 @@ def test_the_numbers_are_those_of_the_records(told: Comparison, page: Document) 
     artifact, report = told.mix
     files = {row[0]: row[1:] for row in page.rows("The files")}
     assert files["this file"][0] == f"{artifact.file_bytes:,}"
-    assert files["all blocks at 2 bit"][2].startswith(f"{told.uniform[2][1].perplexity:.3f} ")
+    assert files["all blocks at 2 bit"][2].startswith(f"{told.files[all_at(2)].perplexity:.3f} ")
     bits = {row[0]: row[1] for row in page.rows("Bits of every player")[1:]}
     given = zip(facts.players(told), told.allocation.player_bits, strict=True)
     assert [bits[player.name] for player, _ in given] == [str(each) for each in told.allocation.player_bits]
@@ -241,9 +183,8 @@ def test_many_players_are_joined_into_their_blocks(game: Comparison, monkeypatch
 
 
 def test_a_perplexity_that_is_not_finite_is_told(game: Comparison) -> None:
-    artifact, report = game.uniform[4]
-    broken = dataclasses.replace(report, perplexity=None, perplexity_stderr=None)
-    page = render_page(dataclasses.replace(game, uniform={**game.uniform, 4: (artifact, broken)}), COMMAND)
+    broken = dataclasses.replace(game.at_4_bit, perplexity=None, perplexity_stderr=None)
+    page = render_page(dataclasses.replace(game, files={**game.files, all_at(4): broken}), COMMAND)
     assert "not finite" in page and 'data-name="quality-wide"' not in page
 
 
@@ -263,7 +204,7 @@ def test_without_matplotlib_the_page_is_left_out(
     game: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    old, told = tmp_path / "report.html", []  # type: ignore[var-annotated]
+    old, told = tmp_path / "report.html", list[str]()
     old.write_text("of another build")
     write_page(game, COMMAND, old, told.append)
     assert not old.exists(), "a page of other records is not left beside these"
@@ -273,25 +214,8 @@ def test_without_matplotlib_the_page_is_left_out(
 # What it must not do.
 
 
-def test_the_page_is_one_file(text: str, page: Document) -> None:
-    style = re.search(r"<style>(.*?)</style>", text, re.DOTALL)
-    assert style is not None and text.count("<style") == 1
-    policy = next(e["attrs"]["content"] for e in page.all("meta") if e["attrs"].get("http-equiv"))
-    digest = base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode()
-    assert policy.startswith(f"default-src 'none'; style-src 'sha256-{digest}';")
-    assert "mathdefault" not in text, "nothing in a plot is taken for a formula, or shown as the source of one"
-    assert not page.all("script", "link", "img", "iframe", "object", "embed", "base", "form", "foreignobject")
-    assert "url(" not in style[1] and "@import" not in style[1]
-    for element in page.elements:
-        for name, value in element["attrs"].items():
-            assert not name.startswith("on") and name != "style", (element["tag"], name)
-            assert name not in ("src", "href", "xlink:href") or value.startswith("#"), value
-            assert "://" not in (value or "") and "url(" not in (value or "").replace("url(#", "")
-
-
-HOSTILE = (
-    '<script>document.title="ran"</script><img src=x onerror=document.title="ran">"\'&amp;</style></title>\x00\x1b[31m'
-)
+def test_the_page_is_one_file(text: str) -> None:
+    require_one_file(text)
 
 
 def hostile(c: Comparison) -> Comparison:
@@ -307,7 +231,6 @@ def hostile(c: Comparison) -> Comparison:
                 checks=(*report.checks, dataclasses.replace(report.checks[0], name=HOSTILE, detail=HOSTILE)),
             ),
         ),
-        uniform={bits: (a, dataclasses.replace(r, text=HOSTILE)) for bits, (a, r) in c.uniform.items()},
     )  # fmt: skip
 
 
@@ -354,17 +277,6 @@ def test_every_plot_has_words_and_a_table(page: Document) -> None:
     assert all("scope" in e["attrs"] for e in page.all("th"))
 
 
-def themes() -> dict[str, dict[str, tuple[float, ...]]]:
-    """Theme → name of a colour → its red, green and blue, 0 to 1."""
-    light, dark = data_path("report", "page.css").read_text("utf-8").split("@media (prefers-color-scheme: dark)")
-    found = {}
-    for name, text in (("light", light), ("dark", dark)):
-        colours = re.findall(r"--([\w-]+): #([0-9a-f]{6})\b", text)
-        assert len(colours) == len(dict(colours))
-        found[name] = {role: tuple(int(code[i : i + 2], 16) / 255 for i in (0, 2, 4)) for role, code in colours}
-    return found
-
-
 def contrast(one: tuple[float, ...], other: tuple[float, ...]) -> float:
     """WCAG 2.2's contrast ratio."""
 
@@ -396,42 +308,11 @@ def test_contrast_is_sufficient(theme: str) -> None:
 
 # What a browser makes of it.
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed: apt-get install chromium")
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed, which speaks to chromium")
-    with api.sync_playwright() as tools:
-        found = tools.chromium.launch(executable_path=CHROMIUM)
-        yield found
-        found.close()
-
-
-def opened(browser: Any, path: Path, **settings: Any) -> tuple[Any, list[str], list[str]]:
-    """Return a page, what it requested, and what the console said."""
-    page = browser.new_page(**settings)
-    requests: list[str] = []
-    said: list[str] = []
-    page.on("request", lambda request: requests.append(request.url))
-    page.on("console", lambda message: said.append(message.text))
-    page.goto(path.as_uri())
-    return page, requests, said
-
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
 def test_it_fits_the_screen_and_loads_nothing(file: Path, browser: Any, width: int, scheme: str) -> None:
-    settings = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme}
-    page, requests, said = opened(browser, file, **settings)
-    page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert requests == [file.as_uri()] and not said
-    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    wanted = tuple(round(255 * c) for c in themes()[scheme]["paper"])
-    assert paper == f"rgb{wanted}"
+    page = opened_fitting(browser, file, width, scheme)
     plots = "[...document.querySelectorAll('svg')].filter(e => e.getBoundingClientRect().width > 0)"
     assert page.evaluate(f"{plots}.length") == page.evaluate("document.querySelectorAll('figure').length")
     smallest = page.evaluate(
