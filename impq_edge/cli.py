@@ -4,6 +4,7 @@ Exit codes: 0 done · 1 a check failed · 2 options that do not parse · 3 bad i
 130 interrupted.
 """
 
+import errno
 import functools
 import re
 import shlex
@@ -69,6 +70,7 @@ _BAR_KINDS = {
 _BAR_ORDER = (
     "system reserve", "process and tokenizer", "KV cache", "buffers", "weights", "copies for speed", "GPU driver",
 )  # fmt: skip
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 _WIDE_TABLE = 76  # columns
 
 Model = Annotated[str, typer.Option(help="`demo`, a checkpoint directory, or a hub id such as `org/name`.")]
@@ -87,7 +89,11 @@ Encode = Annotated[
     typer.Option(help="How K-quants are encoded: as ggml does, with an importance matrix, or by GPTQ; gptq."),
 ]
 Players = Annotated[
-    Literal["blocks", "sublayers", "tensors"], typer.Option(help="What drops to 2 bit together; the paper: blocks.")
+    Literal["blocks", "sublayers", "tensors"] | None,
+    typer.Option(
+        help="What drops to 2 bit together: tensors in rounds with K-quants, which give the better files at equal "
+        "bytes; blocks otherwise, as in the paper."
+    ),
 ]
 Method = Annotated[
     Literal["rounds", "impq"] | None,
@@ -122,8 +128,8 @@ Permutations = Annotated[
     int | None,
     typer.Option(
         min=0,
-        help="Walks from all-4-bit to all-2-bit, or as many evaluations: 8 by default, 100 in the paper; "
-        "none by default with other --types than 2,4.",
+        help="Walks from all-4-bit to all-2-bit, or as many evaluations: 8 by default, 3 of tensors in rounds, 100 in "
+        "the paper; none by default with other --types than 2,4.",
     ),
 ]
 UntilStable = Annotated[
@@ -173,15 +179,15 @@ On = Annotated[
     typer.Option(metavar="USER@HOST", help="Validate there, over ssh; see docs/on-device.md."),
 ]
 Wheels = Annotated[
-    Path | None, typer.Option(help="With --on: install from these wheels (scripts/carry-wheels), not from an index.")
+    Path | None, typer.Option(help="Over ssh: install from these wheels (scripts/carry-wheels), not from an index.")
 ]
-RemotePython = Annotated[str | None, typer.Option(help="With --on: the Python to use there, 3.11 or newer.")]
+RemotePython = Annotated[str | None, typer.Option(help="Over ssh: the Python to use there, 3.11 or newer.")]
 RemoteClean = Annotated[
     Literal["nothing", "files", "all"],
-    typer.Option(help="With --on: what to remove there afterwards: nothing, the files, or the environment too."),
+    typer.Option(help="Over ssh: what to remove there afterwards: nothing, the files, or the environment too."),
 ]
-Ssh = Annotated[str, typer.Option("--ssh", help="With --on: the ssh to use, with options, such as `ssh -p 2222`.")]
-Yes = Annotated[bool, typer.Option("--yes", help="With --on: compile llama.cpp there, if need be, without asking.")]
+Ssh = Annotated[str, typer.Option("--ssh", help="Over ssh: the ssh to use, with options, such as `ssh -p 2222`.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Over ssh: compile llama.cpp there, if need be, without asking.")]
 Compute = Annotated[Literal["cuda", "cpu"] | None, typer.Option(help="Where the game runs; CUDA when there is one.")]
 
 
@@ -192,7 +198,7 @@ def _game_options(
     damp_percent: DampPercent = None,
     sym: Sym = None,
     encode: Encode = None,
-    players: Players = "blocks",
+    players: Players = None,
     types: Types = "2,4",
     method: Method = None,
     objective: Objective = None,
@@ -377,7 +383,7 @@ def profile(
 ) -> None:
     """Measure how much each player suffers in fewer bits (SPQE, or a ladder). A killed run goes on where it stopped.
 
-    Example: `impq-edge profile --model meta-llama/Llama-3.2-1B --permutations 30 -o llama.json`
+    Example: `impq-edge profile --model meta-llama/Llama-3.2-1B --permutations 10 -o llama.json`
 
     Example: `impq-edge profile --model meta-llama/Llama-3.2-1B --method impq --permutations 100 -o llama.json`
 
@@ -643,7 +649,7 @@ def build(
 
     Example: `impq-edge build --device raspberry-pi-5 --average-bits 3 -o build/demo`
 
-    Example: `impq-edge build --device jetson-orin-nano-8gb --model Qwen/Qwen3-8B --permutations 100 -o build/qwen3-8b`
+    Example: `impq-edge build --device jetson-orin-nano-8gb --model Qwen/Qwen3-8B --permutations 10 -o build/qwen3-8b`
     """
     from impq_edge.releases import build as pipeline
 
@@ -688,8 +694,15 @@ def release(
         bool, typer.Option("--private", help="With --push-to-hub: a new repository is private.")
     ] = False,
     as_json: Json = False,
+    wheels: Wheels = None,
+    remote_python: RemotePython = None,
+    remote_clean: RemoteClean = "nothing",
+    ssh: Ssh = "ssh",
+    yes: Yes = False,
 ) -> None:
     """Build models × devices × contexts with their papers; a killed run goes on. 1 if a gate fails.
+
+    A device with `on = "user@host"` in the file is measured there, over ssh; the last options are for that.
 
     Example: `impq-edge release release.toml --dry-run`
 
@@ -712,12 +725,14 @@ def release(
         return
     from impq_edge.releases import push
     from impq_edge.releases import release as pipeline
+    from impq_edge.releases.trial import Reach
 
+    reach = Reach(wheels, remote_python, ssh, remote_clean, lambda question: yes or _confirmed(question))
     if push_to_hub is not None:
         push.require_repository(push_to_hub)
     with console.progress() as advance:
         made = pipeline.release(
-            asked, out=directory, base=order.parent, source=order, say=console.say, progress=advance,
+            asked, out=directory, base=order.parent, source=order, reach=reach, say=console.say, progress=advance,
         )  # fmt: skip
     address = None
     if push_to_hub is not None and made.passed:
@@ -795,7 +810,10 @@ def main() -> None:
     """Run the command line and turn every expected failure into one sentence and an exit code."""
     console.print_anything()
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # here, not when the interpreter ends: what fails is told
     except ImpqError as error:
         console.fail(str(error))
         sys.exit(EXIT_BAD_INPUT)
@@ -803,6 +821,13 @@ def main() -> None:
         if error.name is None or error.name.partition(".")[0] == "impq_edge":
             raise
         console.fail(f"{error.name} is not installed, which this command needs; pip install 'impq-edge[workstation]'.")
+        sys.exit(EXIT_BAD_INPUT)
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        console.give_up_output()
+        where = error.filename or "What stdout leads to"
+        console.fail(f"{where} cannot be written: {error.strerror}; make room there and run the same command again.")
         sys.exit(EXIT_BAD_INPUT)
 
 
@@ -831,7 +856,7 @@ def _show_dry_run(found: "DryRun") -> None:
     total = sum(found.files.values())
     console.show_line(
         f"{len(found.files)} files of {total:,} bytes in all, and {_mib(found.work_bytes)} MiB to compare them with, "
-        "removed at the end."
+        "removed when their model is done."
     )
     if not all(cell.is_decided for cell in found.cells):
         console.show_line(
@@ -851,7 +876,11 @@ def _show_release(made: "Manifest", directory: Path, address: str | None) -> Non
         for taker in file.takers
     ]  # fmt: skip
     console.show_table(made.name, ["device", "context", "file", "perplexity to F16", "KLD", "gates"], rows)
-    console.show_line(str(directory / "README.md") if address is None else address)
+    for name in ("README.md", "report.html"):
+        if (directory / name).exists():
+            console.show_line(str(directory / name))
+    if address is not None:
+        console.show_line(address)
 
 
 def _tell_failed_gates(made: "Manifest", repository: str | None) -> None:

@@ -35,6 +35,16 @@ def test_devices() -> None:
     assert "17.1" in shown.stdout or "17100000000" in shown.stdout
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+@pytest.mark.parametrize("as_json", [(), ("--json",)])
+def test_output_that_finds_no_room_is_one_sentence(as_json: tuple[str, ...]) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "impq_edge.cli", "devices", *as_json]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=ENVIRONMENT)
+    assert done.returncode == 3 and done.stderr.startswith("Error: What stdout leads to cannot be written: No space")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_unknown_device_names_the_nearest() -> None:
     done = run("devices", "show", "rapsberry-pi5")
     assert done.returncode == 3 and done.stdout == ""
@@ -53,7 +63,7 @@ def test_stages_one_after_another(checkpoints: dict[str, Path], tmp_path: Path) 
     model, out = checkpoints["gemma2"], tmp_path
     done = run("profile", "--model", model, "--permutations", 1, "--tokens", 512, "-o", out / "p.json", "--json")
     assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout)["phi"]) == 3
+    assert len(json.loads(done.stdout)["phi"]) == 21  # the matrices of three blocks
     done = run(
         "allocate", out / "p.json", "--device", "raspberry-pi-zero-2w", "--average-bits", "8/3", "-o", out / "a.json",
         "--json", "--context", "256",
