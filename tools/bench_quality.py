@@ -382,7 +382,7 @@ class _Bench:
         if kept.exists():
             found = Cell.load(kept).divergence
         else:
-            found = compare(
+            _, found = compare(
                 path, reference_path, text=self._options.texts[text.name], windows=self._settings.windows,
                 threads=self._settings.threads,
             )  # fmt: skip

@@ -60,7 +60,7 @@ def _compare(model: str, folder: Path, encode: EncodeOptions, text: Path, window
         for encoder in ENCODERS:
             path = folder / f"{encoder}.gguf"
             made = impq_edge.convert(model, out=path, encode=dataclasses.replace(encode, encode=encoder), **types)
-            found = compare(path, reference, text=text, windows=windows, threads=threads)
+            _, found = compare(path, reference, text=text, windows=windows, threads=threads)
             plain = plain or found.kld_mean
             perplexity = found.reference_perplexity * found.perplexity_ratio
             print(

@@ -13,15 +13,14 @@ from typing import Annotated
 import typer
 
 import impq_edge
-from impq_edge.conversion.artifact import Artifact
+from impq_edge.releases.comparison import Scored
 from impq_edge.releases.report import paired_difference
-from impq_edge.validation.report import ValidationReport
 
 
 def main(
     models: list[str],
     average_bits: Annotated[float, typer.Option()] = 3.0,
-    permutations: Annotated[int, typer.Option()] = 8,
+    permutations: Annotated[int | None, typer.Option(help="As those of build.")] = None,
     device: Annotated[str, typer.Option()] = "laptop-16gb",
 ) -> None:
     """Build each model and print the table."""
@@ -29,20 +28,20 @@ def main(
     print("|---|---|---:|---:|---:|---:|")
     for model in models:
         with tempfile.TemporaryDirectory() as folder:
-            for name, artifact, report, reference in _measure(model, Path(folder), average_bits, permutations, device):
-                difference, error = paired_difference(report, reference)
+            for name, file, reference in _measure(model, Path(folder), average_bits, permutations, device):
+                difference, error = paired_difference(file, reference)
                 print(
-                    f"| {model} | {name} | {artifact.file_bytes:,} | {artifact.bits_per_weight:.2f} "
-                    f"| {report.perplexity:.3f} ± {report.perplexity_stderr:.3f} | {difference:+.4f} ± {error:.4f} |",
+                    f"| {model} | {name} | {file.file_bytes:,} | {file.bits_per_weight:.2f} "
+                    f"| {file.perplexity:.3f} ± {file.perplexity_stderr:.3f} | {difference:+.4f} ± {error:.4f} |",
                     flush=True,
                 )
 
 
 def _measure(
-    model: str, folder: Path, average_bits: float, permutations: int, device: str
-) -> list[tuple[str, Artifact, ValidationReport, ValidationReport]]:
+    model: str, folder: Path, average_bits: float, permutations: int | None, device: str
+) -> list[tuple[str, Scored, Scored]]:
     f16 = impq_edge.convert(model, type="f16", out=folder / "f16.gguf")
-    reference = impq_edge.validate(folder / "f16.gguf", device=impq_edge.load_device(device), fill_s=0)
+    reference = Scored.of(f16, impq_edge.validate(folder / "f16.gguf", device=impq_edge.load_device(device), fill_s=0))
     made = impq_edge.build(
         device,
         model=model,
@@ -51,10 +50,10 @@ def _measure(
         game=impq_edge.GameOptions(permutations=permutations),
     )
     return [
-        ("F16", f16, reference, reference),
-        ("all blocks at 4 bit", *made.uniform[4], reference),
-        (f"mix, {made.allocation.average_bits:.2f} bits", made.artifact, made.validation, reference),
-        ("all blocks at 2 bit", *made.uniform[2], reference),
+        ("F16", reference, reference),
+        ("all blocks at 4 bit", Scored.of(*made.uniform[4]), reference),
+        (f"mix, {made.allocation.average_bits:.2f} bits", Scored.of(made.artifact, made.validation), reference),
+        ("all blocks at 2 bit", Scored.of(*made.uniform[2]), reference),
     ]
 
 

@@ -24,8 +24,8 @@ import typer
 
 from impq_edge.records import sha256_file
 
-TIMED = (".validation.json", "report.md", "report.html")
-"""Ends of the names of files that hold measured speeds."""
+TIMED = ("validation.json", "report.md", "report.html", "manifest.json", "SHA256SUMS", "README.md")
+"""Ends of the names of files that hold measured speeds, or hashes of such."""
 
 MARK = "IMPQ_EDGE_STRESSED_BUILD"
 """Variable that every process of a build inherits."""
