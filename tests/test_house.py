@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "impq_edge"
 
 ROOMS = [
-    "errors", "records", "data", "ggml", "model", "devices", "backends", "impq", "spqe", "study", "conversion",
+    "errors", "records", "lock", "data", "ggml", "model", "devices", "backends", "impq", "spqe", "study", "conversion",
     "validation", "stages", "releases", "console", "cli",
 ]  # fmt: skip
 HEAVY = {"torch": {"model/load.py", "backends", "spqe", "study", "conversion/calibrated.py",
@@ -60,6 +60,44 @@ def test_heavy_libraries_stay_in_their_rooms(path: Path) -> None:
     for name in imports(path, of_types=False):
         allowed = HEAVY.get(name.split(".")[0])
         assert allowed is None or str(place) in allowed or place.parts[0] in allowed, f"{place} imports {name}"
+
+
+RUNS_CODE = {
+    "pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "runpy", "code", "imp", "eval", "exec",
+    "compile", "__import__", "os.system", "os.popen", "builtins.eval", "builtins.exec",
+}  # fmt: skip
+JUSTIFIED = {
+    # The package's own modules by names written beside the call, so that heavy ones are imported late.
+    ("__init__.py", "import_module"), ("stages/__init__.py", "import_module"),
+    ("backends/__init__.py", "import_module"),
+    # The other machine's process becomes the Python that was asked for.
+    ("validation/remote/agent.py", "execve"),
+    # A loader that makes texts of everything and knows no tags; see the class.
+    ("conversion/card.py", "yaml.load"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*modules(), PACKAGE / "__init__.py", *sorted((PACKAGE.parent / "tools").glob("*.py"))],
+    ids=lambda p: str(p.relative_to(PACKAGE.parent)),
+)
+def test_nothing_that_is_read_can_run(path: Path) -> None:
+    place = path.relative_to(PACKAGE).as_posix() if PACKAGE in path.parents else path.name
+    tree = ast.parse(path.read_text())
+    assert not {name.split(".")[0] for name in imports(path)} & RUNS_CODE
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name = ast.unparse(call.func)
+        last = name.rpartition(".")[2]
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert name not in RUNS_CODE, f"{place}: {name}"
+        for setting, wanted in (("shell", "False"), ("trust_remote_code", "False"), ("allow_pickle", "False")):
+            assert given.get(setting, wanted) == wanted, f"{place}: {name}({setting}=…)"
+        if name == "torch.load":
+            assert given.get("weights_only") == "True", f"{place}: {name}"
+        if name in ("yaml.load", "yaml.unsafe_load", "yaml.full_load") or last in ("import_module", "execve"):
+            known = name if name.startswith("yaml") else last
+            assert (place, known) in JUSTIFIED, f"{place}: {name} is not justified"
 
 
 def test_the_base_install_needs_no_workstation_library() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fuzz import seeds
+from fuzz import release_inputs, seeds, service_inputs
 from fuzz.mutations import broken_bytes, broken_json, broken_text
 
 from impq_edge.conversion.artifact import Artifact
@@ -228,6 +228,14 @@ def targets() -> dict[str, Target]:
         Target("windows", _tokenizer, _read_windows, of_one_file=False),
         Target("card", _card, read_card, of_one_file=False),
         Target("journal", _journal, _read_journal),
+        Target("release.toml", release_inputs.order_from_anybody, release_inputs.read_order, of_one_file=False),
+        Target("manifest", release_inputs.renamed_manifest, release_inputs.read_manifest),
+        Target(
+            "release directory", release_inputs.release_from_anybody, release_inputs.check_release, of_one_file=False
+        ),
+        Target("kept encodings", release_inputs.kept_encodings, release_inputs.read_kept, of_one_file=False),
+        Target("hub", service_inputs.hub_answers, service_inputs.ask_hub, of_one_file=False),
+        Target("agent", service_inputs.agent_answers, service_inputs.hear_agent, of_one_file=False),
         *(
             Target(kind.__name__, _json(functools.partial(seeds.record, kind)), _record(kind, check))
             for kind, check in records
