@@ -11,6 +11,9 @@ from impq_edge.model.spec import read_model
 from impq_edge.spqe.judge import Judge, probabilities_bytes
 from impq_edge.spqe.walk import Hidden, Walk, open_walk
 
+_ROUNDED = 5e-6
+"""Nats per token by which two ways to the same divergence may differ: some steps of a float32 near 10, a loss."""
+
 TOKENS = np.random.default_rng(3).integers(10, 8000, size=(5, 40))
 
 
@@ -40,13 +43,13 @@ def test_loss_and_divergence_are_those_of_all_logits(walk: Walk, monkeypatch: py
     losses, divergences = kept.judged(changed)
     for one, other in zip(kept.judged(changed), anew.judged(changed), strict=True):
         np.testing.assert_array_equal(one, other)
-    assert losses == pytest.approx(walk.losses(changed), abs=1e-6)
+    assert losses == pytest.approx(walk.losses(changed), rel=1e-6)  # float32: 1.2e-7 is one step
     (p, q) = (
         torch.cat([walk.logits(walk.entering_head(batch)).double().log_softmax(dim=1) for batch in text])
         for text in (hidden, changed)
     )
     expected = (p.exp() * (p - q)).sum(dim=1).view(len(TOKENS), -1).mean(dim=1).numpy()
-    assert expected.min() > 1e-5
-    assert divergences == pytest.approx(expected, abs=2e-6)
-    assert divergences == pytest.approx(walk.divergences(reference, changed), abs=2e-6)
-    assert kept.judged(hidden)[1] == pytest.approx(np.zeros(len(TOKENS)), abs=2e-6)
+    assert expected.min() > 1e-4
+    assert divergences == pytest.approx(expected, abs=_ROUNDED)
+    assert divergences == pytest.approx(walk.divergences(reference, changed), abs=_ROUNDED)
+    assert kept.judged(hidden)[1] == pytest.approx(np.zeros(len(TOKENS)), abs=_ROUNDED)
