@@ -106,7 +106,8 @@ def _intact_lines(path: Path, text: str) -> tuple[int, list[dict[str, Any]]]:
     """Return the whole lines, and how many bytes they take; only a last one without its end may be torn."""
     lines: list[dict[str, Any]] = []
     intact_bytes = 0
-    for line in re.findall(r"[^\n]*\n|[^\n]+", text):  # splitlines() would also split at U+2028 inside a text
+    for found in re.finditer(r"[^\n]*\n|[^\n]+", text):  # splitlines() would also split at U+2028 inside a text
+        line = found.group()
         checksum, _, body = line.rstrip("\n").partition(" ")
         torn = not line.endswith("\n")
         if torn and (lines or _may_begin_a_journal(line)):
