@@ -9,6 +9,7 @@ import os
 import sys
 import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -67,7 +68,7 @@ def fail(sentence: str) -> None:
 
 def give_up_output() -> None:
     """Write no more to stdout, not even what is left of it when the interpreter ends: nobody could take it."""
-    with open(os.devnull, "w") as nowhere:  # noqa: PTH123 - no path of anybody's
+    with Path(os.devnull).open("w") as nowhere:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 

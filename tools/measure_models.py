@@ -7,7 +7,6 @@ Markdown row per file: bytes, perplexity with its error, the difference of the l
 KL divergence from F16, and for a mix how many evaluations chose it and how long its build took.
 """
 
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ import typer
 
 import impq_edge
 from impq_edge.conversion.artifact import Artifact
+from impq_edge.releases.report import paired_difference
 from impq_edge.spqe.options import GameOptions
 from impq_edge.spqe.profile import SensitivityProfile
 from impq_edge.validation.validate import compare
@@ -58,11 +58,10 @@ def _measure(model: str, folder: Path, average_bits: float, device: str) -> None
 
 def _tell(model: str, name: str, artifact: Artifact, folder: Path, f16: Path, how: str) -> None:
     score, divergence = compare(folder / artifact.artifact, f16)
-    differences = [a - b for a, b in zip(score.window_nlls, divergence.reference_window_nlls, strict=True)]
-    error = statistics.stdev(differences) / len(differences) ** 0.5
+    difference, error = paired_difference(score.window_nlls, divergence.reference_window_nlls)
     print(
         f"| {model} | {name} | {artifact.file_bytes:,} | {artifact.bits_per_weight:.2f} "
-        f"| {score.perplexity:.3f} ± {score.stderr:.3f} | {statistics.mean(differences):+.4f} ± {error:.4f} "
+        f"| {score.perplexity:.3f} ± {score.stderr:.3f} | {difference:+.4f} ± {error:.4f} "
         f"| {divergence.kld_mean:.4f} ± {divergence.kld_stderr:.4f} | {how} |",
         flush=True,
     )

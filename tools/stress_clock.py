@@ -26,7 +26,6 @@ import typer
 from stress_build import contents, differences
 from stressed import ABSURD, report, tell, undisturbed
 
-_DAY_S = 86400
 _STEP_S = 0.2
 
 

@@ -219,7 +219,7 @@ def points(c: Comparison) -> list[Point]:
     found: dict[str, Point] = {}
     for name, file in quantised(c).items():
         if file.perplexity is not None and reference.perplexity is not None and file.sha256 not in found:
-            difference, stderr = paired_difference(file, reference)
+            difference, stderr = paired_difference(file.window_nlls, reference.window_nlls)
             found[file.sha256] = Point(name, file.file_bytes, difference, stderr, file.perplexity)
     return list(found.values())
 

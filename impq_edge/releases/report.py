@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -53,12 +54,12 @@ def render(c: Comparison, command: str) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def paired_difference(one: Scored, other: Scored) -> tuple[float, float]:
+def paired_difference(one: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
     """Return the mean difference of window losses (one − other) and its standard error, nats per token.
 
     Both files were scored on the same windows, so what the windows have in common cancels.
     """
-    differences = np.subtract(one.window_nlls, other.window_nlls)
+    differences = np.subtract(one, other)
     spread = differences.std(ddof=1) if len(differences) > 1 else math.nan
     return float(differences.mean()), float(spread / math.sqrt(len(differences)))
 
@@ -131,7 +132,7 @@ def difference_told(file: Scored, reference: Scored) -> str:
     """Return the paired difference of two files' losses, nats per token."""
     if file.perplexity is None or reference.perplexity is None:
         return "not finite"
-    difference, error = paired_difference(file, reference)
+    difference, error = paired_difference(file.window_nlls, reference.window_nlls)
     return f"{difference:+.4f} ± {error:.4f}"
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,8 +33,15 @@ DEVICE = "laptop-16gb"
 
 
 def quick_build(model: Path, out: Path, **changes: object) -> None:
-    given = {"game": RTN, "windows": 1, "context_tokens": 64, "average_bits": 3, "encode": "rtn", **changes}
-    impq_edge.build(DEVICE, model=str(model), out=out, **given)  # type: ignore[arg-type]
+    given: dict[str, Any] = {
+        "game": RTN,
+        "windows": 1,
+        "context_tokens": 64,
+        "average_bits": 3,
+        "encode": "rtn",
+        **changes,
+    }
+    impq_edge.build(DEVICE, model=str(model), out=out, **given)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
