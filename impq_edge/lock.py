@@ -92,10 +92,12 @@ def _locked(path: Path, made: list[Path]) -> int | None:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Never through a link, which could lead to a file elsewhere.
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):
             if not left:
                 raise
-            continue  # somebody who ended just now removed the directory, which was empty
+            # Somebody who ended just now removed the directory, which was empty: before the file was made in it, or
+            # after mkdir met it and before pathlib asked what it had met.
+            continue
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_still(path, file):

@@ -80,3 +80,22 @@ def test_one_that_ends_does_not_pull_the_directory_from_under_the_next(tmp_path:
     for thread in threads:
         thread.join()
     assert not faults and not any(out.glob("*"))
+
+
+def test_a_directory_removed_while_it_is_asked_for_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The moment that the test above meets by chance: mkdir finds the directory, and pathlib then finds nothing."""
+    out = tmp_path / "out"
+    mkdir, met = os.mkdir, list[str]()
+
+    def meets_one_that_ends(path: str, mode: int = 0o777) -> None:
+        if os.fspath(path) == str(out) and not met:
+            met.append(path)
+            raise FileExistsError(17, "File exists", str(path))
+        mkdir(path, mode)
+
+    monkeypatch.setattr(os, "mkdir", meets_one_that_ends)
+    with sole_use(out):
+        assert (out / LOCK_FILE).read_text() == f"{os.getpid()}\n"
+    assert met and not out.exists()
