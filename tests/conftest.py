@@ -7,6 +7,13 @@ from pathlib import Path
 
 import pytest
 from checkpoints import ARCHITECTURES, TINY, make_checkpoint
+from hypothesis import settings
+
+# The same examples every time, however slow the machine: what passes here passes elsewhere.
+# `--hypothesis-profile search` looks for others.
+settings.register_profile("repeat", derandomize=True, deadline=None)
+settings.register_profile("search", deadline=None)
+settings.load_profile("repeat")
 
 TRAINED = Path(__file__).parents[2] / "shared" / "models"
 
