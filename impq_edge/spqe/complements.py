@@ -190,7 +190,7 @@ def interactions(pairs: Pairs, phi: Array) -> Array:
     found = found / np.where(free_norms > 0, free_norms, 1)
     result: Array = penalised + found[0] + (found[1] * np.outer(phi, phi) if rich else 0)
     np.fill_diagonal(result, 0)
-    return result
+    return (result + result.T) / 2  # a product's two halves may be rounded differently
 
 
 def _ridge(kernel: Array, free: Array, values: Array, *, penalised: bool) -> Array:
@@ -232,10 +232,10 @@ def covariance_of_marginals(pairwise: Array) -> Array:
     - 12 C_ii = 2 Q_i + R_i²
     - 12 C_ij = (I²)_ij − I_ij² − I_ij (R_i + R_j)
 
-    and so C·1 = 0, as it must be.
+    and so C·1 = 0, as it must be. NumPy computes I Iᵀ to be symmetric to the last bit, of a symmetric I.
     """
     rows = pairwise.sum(axis=1)
     squares = pairwise**2
-    result: Array = pairwise @ pairwise - squares - pairwise * (rows[:, None] + rows)
+    result: Array = pairwise @ pairwise.T - squares - pairwise * (rows[:, None] + rows)
     np.fill_diagonal(result, 2 * squares.sum(axis=1) + rows**2)
     return result / 12
