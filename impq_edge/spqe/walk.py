@@ -14,6 +14,9 @@ from impq_edge.model.load import load_block, load_outside
 from impq_edge.model.spec import ModelSpec
 
 LOGITS_PER_CHUNK = 1 << 26  # float32 logits alive at once: 256 MiB
+# On a CPU 16 MiB, which the allocator uses again, where the system clears the pages of every larger piece anew (a sixth
+# of the demo's time); but 256 tokens at least, so that computing with the head takes longer than reading it.
+_LOGITS_PER_CHUNK_ON_CPU, _TOKENS_PER_CHUNK_ON_CPU = 1 << 22, 256
 TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
 
 Hidden = list[torch.Tensor]
@@ -92,7 +95,11 @@ class Walk:
     @property
     def tokens_per_chunk(self) -> int:
         """How many tokens' logits are alive at once."""
-        return max(1, LOGITS_PER_CHUNK // self.spec.hyperparameters.vocabulary)
+        vocabulary = self.spec.hyperparameters.vocabulary
+        most = max(1, LOGITS_PER_CHUNK // vocabulary)
+        if self.device.type != "cpu":
+            return most
+        return min(most, max(_TOKENS_PER_CHUNK_ON_CPU, _LOGITS_PER_CHUNK_ON_CPU // vocabulary))
 
     def losses(self, hidden: Sequence[torch.Tensor]) -> NDArray[np.float64]:
         """Return each window's mean −log p per token in float32, from what leaves the last block, (windows,)."""
