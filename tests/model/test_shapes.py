@@ -165,7 +165,7 @@ def ask(tmp_path: Path, hub: Hub) -> Callable[..., dict[str, Any]]:
         ours |= {"HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", **environment}
         done = subprocess.run(
             [sys.executable, "-c", SCRIPT, model, revision],
-            check=True, capture_output=True, text=True, env=ours, timeout=120,
+            check=True, capture_output=True, text=True, env=ours, timeout=300,
         )  # fmt: skip
         assert done.stderr == ""
         told: dict[str, Any] = json.loads(done.stdout)

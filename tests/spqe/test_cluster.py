@@ -262,7 +262,7 @@ def test_no_end_leaves_a_process_or_a_file_and_ray_says_nothing(tmp_path: Path, 
         os.killpg(driver.pid, end)
     else:
         driver.kill()
-    out, err = driver.communicate(timeout=60)
+    out, err = driver.communicate(timeout=300)
     assert (out, err) == ("", "")
     assert driver.returncode == (130 if end == signal.SIGINT else -end)
     while processes(mark):  # they take a moment; a test that hangs here has found an orphan

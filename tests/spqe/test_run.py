@@ -526,7 +526,7 @@ def runs() -> Iterator[subprocess.Popen[str]]:
         cwd=Path(impq_edge.__file__).parents[1], env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     yield process
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
 
 
 def lines(path: Path) -> int:
