@@ -115,7 +115,7 @@ TEXT = st.lists(
 
 
 @pytest.mark.parametrize("name", TINY)
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(parts=TEXT)
 def test_any_text_agrees(name: str, tiny: Any, parts: list[str]) -> None:
     vocabulary, backend, _, _ = tiny(name)

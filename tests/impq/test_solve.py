@@ -52,7 +52,7 @@ def random_problem(seed: int, n_blocks: int, n_constraints: int = 1, cost_scale:
     return published(linear, quadratic, *constraints)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32 - 1), n_blocks=st.integers(1, 9), n_constraints=st.integers(1, 2))
 def test_equals_enumeration(seed: int, n_blocks: int, n_constraints: int) -> None:
     problem = random_problem(seed, n_blocks, n_constraints)
@@ -110,7 +110,7 @@ def test_scale_of_the_losses_does_not_matter() -> None:
         assert solve(scaled).choice == solve(problem).choice
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @example(seed=15619, n_players=9)  # on which HiGHS once ended in an error
 @given(seed=st.integers(0, 2**32 - 1), n_players=st.integers(2, 9))
 def test_any_symmetric_matrix_will_do(seed: int, n_players: int) -> None:
@@ -159,7 +159,7 @@ def random_ladder(seed: int, n_players: int, n_types: int, n_constraints: int, n
     return Problem(tuple(map(tuple, losses.tolist())), quadratic, tuple(constraints))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
     shape=st.sampled_from([(1, 6), (2, 5), (3, 6), (4, 4), (5, 3), (6, 3), (4, 6)]),
@@ -179,7 +179,7 @@ def test_a_ladder_equals_enumeration(seed: int, shape: tuple[int, int], n_constr
     assert 0 <= rough.gap == rough.objective - rough.lower_bound <= max(0.1 * abs(rough.objective), 1e-6 * scale)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_a_third_type_that_never_pays_changes_nothing(seed: int) -> None:
     """The paper's program is the ladder of two types; one that is worse than the lowest and costs more is not taken."""
@@ -239,7 +239,7 @@ def test_budgets_that_exclude_one_another_are_named() -> None:
         solve(Problem(((0.0, 1.0),), (), (memory, file)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32 - 1), n_players=st.integers(1, 5))
 def test_least_is_the_smallest_that_keeps_the_others(seed: int, n_players: int) -> None:
     constraint, *others = random_ladder(seed, n_players, 4, 3).constraints
@@ -248,7 +248,7 @@ def test_least_is_the_smallest_that_keeps_the_others(seed: int, n_players: int) 
     assert found in choices and constraint.used(found) == min(map(constraint.used, choices))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**32 - 1), alpha=st.sampled_from([0.0, 0.5]))
 def test_a_ladders_interactions_are_the_papers(seed: int, alpha: float) -> None:
     rng = np.random.default_rng(seed)

@@ -117,7 +117,7 @@ def test_few_pairs_promise_no_more_than_they_know(kind: str, pairs: int) -> None
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(n_players=st.integers(1, 7), count=st.integers(1, 70), seed=st.integers(0, 2), kind=st.sampled_from(KINDS))
 def test_efficiency_for_any_number_of_draws(
     estimator: Estimator, n_players: int, count: int, seed: int, kind: str

@@ -134,7 +134,7 @@ def test_rounds_begin_with_what_players_alone_would_choose() -> None:
     assert best == as_coalition(bits_within(budget, harm, np.zeros((n, n)))) and played.batches[1:] == [1]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 10**6), n_players=st.integers(2, 40))
 def test_neighbours_keep_the_budget_and_are_all_of_them_where_players_are_few(seed: int, n_players: int) -> None:
     generator = np.random.default_rng(seed)
@@ -170,7 +170,7 @@ def test_rounds_cost_what_permutations_cost(n_players: int, permutations: int) -
         assert len(evaluation_order("permutations", walks, n_players)) <= cost
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     n_players=st.integers(2, 6), seed=st.integers(0, 10**6), costs=st.lists(st.integers(1, 9), min_size=6, max_size=6),
     share=st.floats(0.1, 0.9),
